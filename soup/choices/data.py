@@ -1,0 +1,43 @@
+"""`data=`: the rows to learn from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Len, Lt
+
+from soup.specs import DataSpec
+
+Format = Literal[
+    "auto", "alpaca", "sharegpt", "messages", "prompt_completion", "preference", "unpaired", "prompt", "text"
+]
+Source = Annotated[str, Len(1)]
+
+
+def auto(
+    *,
+    train: Source | None,
+    eval: Source | None,
+    format: Format,
+    max_length: Annotated[int, Ge(2)],
+    eval_fraction: Annotated[float, Ge(0), Lt(1)],
+    on_bad_row: Literal["refuse", "skip"],
+    on_too_long: Literal["truncate", "skip", "refuse"],
+    max_samples: Annotated[int, Ge(1)] | None,
+    num_proc: Annotated[int, Ge(1)],
+    streaming: bool,
+) -> DataSpec:
+    """Files, folders, globs or a hub name; the format is recognised from the first rows unless given."""
+    return DataSpec(
+        train=train,
+        eval=eval,
+        format=format,
+        max_length=max_length,
+        eval_fraction=eval_fraction,
+        on_bad_row=on_bad_row,
+        on_too_long=on_too_long,
+        max_samples=max_samples,
+        num_proc=num_proc,
+        streaming=streaming,
+        effects=("data:rows", "data:sequence_length"),
+    )

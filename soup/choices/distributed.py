@@ -1,0 +1,61 @@
+"""`distributed=`: how one run is spread over processes, and what they share out between them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from annotated_types import Ge
+
+from soup.specs import DistributedSpec, Package
+
+Count = Annotated[int, Ge(1)]
+DEEPSPEED = (Package(distribution="deepspeed", extra="deepspeed"),)
+ALL = ("weights", "gradients", "optimizer")
+
+
+def none(*, processes: Annotated[int, Ge(1)], nodes: Count) -> DistributedSpec:
+    """One process."""
+    return DistributedSpec(processes=processes, nodes=nodes)
+
+
+def ddp(*, processes: Count, nodes: Count) -> DistributedSpec:
+    """A full copy in each process, gradients averaged (arXiv:2006.15704)."""
+    return DistributedSpec(processes=processes, nodes=nodes)
+
+
+def zero2(*, processes: Count, nodes: Count) -> DistributedSpec:
+    """DeepSpeed ZeRO stage 2 (arXiv:1910.02054): optimizer state and gradients are partitioned."""
+    return DistributedSpec(
+        processes=processes, nodes=nodes, shards=("gradients", "optimizer"), requires=DEEPSPEED
+    )
+
+
+def zero3(*, processes: Count, nodes: Count) -> DistributedSpec:
+    """DeepSpeed ZeRO stage 3: parameters are partitioned too."""
+    return DistributedSpec(processes=processes, nodes=nodes, shards=ALL, requires=DEEPSPEED)
+
+
+def zero2_offload(*, processes: Count, nodes: Count) -> DistributedSpec:
+    """ZeRO stage 2 with the optimizer and its state in host memory (arXiv:2101.06840)."""
+    return DistributedSpec(
+        processes=processes,
+        nodes=nodes,
+        shards=("gradients", "optimizer"),
+        offloads=("optimizer",),
+        requires=DEEPSPEED,
+    )
+
+
+def fsdp_full_shard(*, processes: Count, nodes: Count) -> DistributedSpec:
+    """FSDP2 (arXiv:2304.11277): parameters, gradients and optimizer state sharded, resharded after forward."""
+    return DistributedSpec(processes=processes, nodes=nodes, shards=ALL)
+
+
+def fsdp_shard_grad(*, processes: Count, nodes: Count) -> DistributedSpec:
+    """FSDP2 that keeps gathered parameters between forward and backward: faster, more memory."""
+    return DistributedSpec(processes=processes, nodes=nodes, shards=("gradients", "optimizer"))
+
+
+def fsdp_full_offload(*, processes: Count, nodes: Count) -> DistributedSpec:
+    """FSDP2 full sharding with parameters, gradients and optimizer state in host memory."""
+    return DistributedSpec(processes=processes, nodes=nodes, shards=ALL, offloads=ALL)

@@ -1,0 +1,148 @@
+"""`optim=`: the optimizer and its learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Lt
+
+from soup.specs import OptimSpec, Package
+
+Rate = Annotated[float, Gt(0)]
+Decay = Annotated[float, Ge(0)]
+Scheduler = Literal["cosine", "linear", "constant"]
+Ratio = Annotated[float, Ge(0), Lt(1)]
+Moment = Annotated[float, Ge(0), Lt(1)]
+
+EFFECTS = ("optimizer:groups", "optimizer:schedule")
+FP32 = 4  # bytes
+
+
+def adamw(
+    *,
+    lr: Rate,
+    weight_decay: Decay,
+    beta1: Moment,
+    beta2: Moment,
+    eps: Rate,
+    scheduler: Scheduler,
+    warmup_ratio: Ratio,
+) -> OptimSpec:
+    """AdamW (arXiv:1711.05101), torch's fused kernel. Two moments per trained parameter, in its dtype."""
+    return _spec(
+        "adamw_torch_fused",
+        lr,
+        weight_decay,
+        scheduler,
+        warmup_ratio,
+        state_bytes=2 * FP32,
+        args={"adam_beta1": beta1, "adam_beta2": beta2, "adam_epsilon": eps},
+        effects=(*EFFECTS, "optimizer:adam_settings"),
+    )
+
+
+def adamw_8bit(
+    *, lr: Rate, weight_decay: Decay, scheduler: Scheduler, warmup_ratio: Ratio
+) -> OptimSpec:
+    """AdamW with block-wise 8-bit moments (arXiv:2110.02861, bitsandbytes)."""
+    return _spec(
+        "adamw_8bit", lr, weight_decay, scheduler, warmup_ratio, state_bytes=2, requires=_BITSANDBYTES
+    )
+
+
+def paged_adamw_8bit(
+    *, lr: Rate, weight_decay: Decay, scheduler: Scheduler, warmup_ratio: Ratio
+) -> OptimSpec:
+    """8-bit AdamW whose state pages to host memory under pressure (arXiv:2305.14314). CUDA only."""
+    return _spec(
+        "paged_adamw_8bit", lr, weight_decay, scheduler, warmup_ratio, state_bytes=2, requires=_BITSANDBYTES
+    )
+
+
+def adafactor(*, lr: Rate, weight_decay: Decay, scheduler: Scheduler, warmup_ratio: Ratio) -> OptimSpec:
+    """Adafactor (arXiv:1804.04235): row and column sums in place of the second moment."""
+    return _spec("adafactor", lr, weight_decay, scheduler, warmup_ratio, state_bytes=0.1)
+
+
+def lion(*, lr: Rate, weight_decay: Decay, scheduler: Scheduler, warmup_ratio: Ratio) -> OptimSpec:
+    """Lion (arXiv:2302.06675, bitsandbytes): one moment, the step is its sign."""
+    return _spec(
+        "lion_32bit", lr, weight_decay, scheduler, warmup_ratio, state_bytes=FP32, requires=_BITSANDBYTES
+    )
+
+
+def schedule_free(*, lr: Rate, weight_decay: Decay, warmup_ratio: Ratio) -> OptimSpec:
+    """Schedule-free AdamW (arXiv:2405.15682): averages in place of a decaying rate."""
+    return _spec(
+        "schedule_free_adamw",
+        lr,
+        weight_decay,
+        "constant",
+        warmup_ratio,
+        state_bytes=2 * FP32,
+        requires=(Package(distribution="schedulefree", extra="schedule-free"),),
+    )
+
+
+def galore(
+    *,
+    lr: Rate,
+    weight_decay: Decay,
+    scheduler: Scheduler,
+    warmup_ratio: Ratio,
+    galore_rank: Annotated[int, Ge(1)],
+    galore_update_proj_gap: Annotated[int, Ge(1)],
+    galore_scale: Rate,
+) -> OptimSpec:
+    """GaLore (arXiv:2403.03507): AdamW in a low-rank projection of each weight's gradient."""
+    return _spec(
+        "galore_adamw",
+        lr,
+        weight_decay,
+        scheduler,
+        warmup_ratio,
+        state_bytes=2 * FP32,
+        galore_rank=galore_rank,
+        args={
+            "optim_target_modules": "all-linear",
+            "optim_args": f"rank={galore_rank}, update_proj_gap={galore_update_proj_gap}, "
+            f"scale={galore_scale}",
+        },
+        requires=(Package(distribution="galore-torch", extra="galore"),),
+    )
+
+
+_BITSANDBYTES = (Package(distribution="bitsandbytes", extra="quant"),)
+
+
+def _spec(
+    optim: str,
+    lr: float,
+    weight_decay: float,
+    scheduler: str,
+    warmup_ratio: float,
+    *,
+    state_bytes: float,
+    args: dict[str, Any] | None = None,
+    requires: tuple[Package, ...] = (),
+    effects: tuple[str, ...] = EFFECTS,
+    galore_rank: int | None = None,
+) -> OptimSpec:
+    return OptimSpec(
+        lr=lr,
+        weight_decay=weight_decay,
+        scheduler=scheduler,
+        warmup_ratio=warmup_ratio,
+        state_bytes=state_bytes,
+        galore_rank=galore_rank,
+        args={
+            "optim": optim,
+            "learning_rate": lr,
+            "weight_decay": weight_decay,
+            "lr_scheduler_type": scheduler if scheduler != "constant" else "constant_with_warmup",
+            "warmup_steps": warmup_ratio,  # transformers 5 reads a value below 1 as a share of all steps
+            **(args or {}),
+        },
+        requires=requires,
+        effects=effects,
+    )

@@ -1,0 +1,442 @@
+"""What cannot work together, as data: one table that refuses, documents, prunes sweeps and answers `soup why`.
+
+A rule holds when every condition of `when` does. Keys are those of the configuration, a bare group name stands
+for the chosen function (`lora: none`), and three facts complete them: `device` (cpu or cuda, what the run will
+train on), `model.moe` and `model.kv_heads` (from the model's config.json; a fact that is unknown matches nothing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from soup.errors import Problem
+from soup.schema import Config
+
+
+@dataclass(frozen=True)
+class Not:
+    """Any known value but these."""
+
+    values: tuple[Any, ...]
+
+    def __init__(self, *values: Any):
+        object.__setattr__(self, "values", values)
+
+    def __call__(self, value: Any) -> bool:
+        return value not in self.values
+
+    def __str__(self) -> str:
+        return " not " + " or ".join(_word(value) for value in self.values)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of these values."""
+
+    values: tuple[Any, ...]
+
+    def __init__(self, *values: Any):
+        object.__setattr__(self, "values", values)
+
+    def __call__(self, value: Any) -> bool:
+        return value in self.values
+
+    def __str__(self) -> str:
+        return "=" + "|".join(_word(value) for value in self.values)
+
+
+@dataclass(frozen=True)
+class Above:
+    """A number greater than this."""
+
+    bound: float
+
+    def __call__(self, value: Any) -> bool:
+        return isinstance(value, int | float) and value > self.bound
+
+    def __str__(self) -> str:
+        return f" above {self.bound:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """`key` is the one to blame, `pending` marks a choice that composes and plans and is not built yet."""
+
+    key: str
+    when: Mapping[str, Any]
+    why: str
+    fix: str
+    source: str | None = None
+    pending: bool = field(default=False)
+
+    def holds(self, facts: Mapping[str, Any]) -> bool:
+        for key, condition in self.when.items():
+            if key not in facts:
+                return False
+            value = facts[key]
+            if not (condition(value) if callable(condition) else value == condition):
+                return False
+        return True
+
+    def condition(self) -> str:
+        """The condition as people read it: `optim=galore and lora not none`."""
+        return " and ".join(
+            f"{key}{condition if callable(condition) else '=' + _word(condition)}"
+            for key, condition in self.when.items()
+        )
+
+    def problem(self, facts: Mapping[str, Any]) -> Problem:
+        value = facts.get(self.key)
+        return Problem(
+            key=self.key,
+            value=_word(value) if isinstance(value, bool) else value,
+            why=self.why,
+            fix=self.fix,
+            source=self.source,
+        )
+
+
+def _word(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+FSDP = OneOf("fsdp_full_shard", "fsdp_shard_grad", "fsdp_full_offload")
+SHARDED = OneOf("zero2", "zero3", "zero2_offload", "fsdp_full_shard", "fsdp_shard_grad", "fsdp_full_offload")
+GALORE = "arXiv:2403.03507"
+UNSLOTH_CPU = "unsloth_zoo.cpu"
+
+
+def _pending(key: str, condition: Any) -> Rule:
+    return Rule(key=key, when={key: condition}, why="is not available yet", fix="another choice; `soup plan` works with this one", pending=True)
+
+
+RULES: tuple[Rule, ...] = (
+    # GaLore
+    Rule(
+        key="lora",
+        when={"optim": "galore", "lora": Not("none")},
+        why="GaLore projects the gradients of full weight matrices, which an adapter freezes",
+        fix="lora=none, or optim=adamw",
+        source=GALORE,
+    ),
+    Rule(
+        key="model.quantization",
+        when={"optim": "galore", "model.quantization": Not("none")},
+        why="GaLore trains the weights themselves, and quantized weights take no gradient",
+        fix="model.quantization=none, or optim=adamw lora=lora",
+        source=GALORE,
+    ),
+    Rule(
+        key="backend",
+        when={"optim": "galore", "backend": "unsloth"},
+        why="Unsloth builds its own optimizer groups, which lose GaLore's projections",
+        fix="backend=transformers, or optim=adamw",
+    ),
+    Rule(
+        key="distributed",
+        when={"optim": "galore", "distributed": SHARDED},
+        why="GaLore needs each gradient matrix whole on one device, and sharding cuts it",
+        fix="distributed=ddp, or optim=adamw",
+        source=GALORE,
+    ),
+    # Quantization
+    Rule(
+        key="lora",
+        when={"lora": "none", "model.quantization": Not("none"), "model.quantization_aware": False},
+        why="quantized weights take no gradient, so something must train beside them",
+        fix="lora=lora, or model.quantization=none",
+        source="arXiv:2305.14314",
+    ),
+    Rule(
+        key="model.quantization_aware",
+        when={"model.quantization_aware": True, "model.quantization": "none"},
+        why="needs to know which quantization to simulate",
+        fix="model.quantization=4bit model.quantization_aware=true",
+    ),
+    Rule(
+        key="model.quantization_aware",
+        when={"model.quantization_aware": True, "backend": "unsloth"},
+        why="Unsloth replaces the linear layers that torchao's fake quantization wraps",
+        fix="backend=transformers, or model.quantization_aware=false",
+    ),
+    Rule(
+        key="model.dtype",
+        when={"model.dtype": "float16", "device": "cpu"},
+        why="float16 training needs loss scaling on a GPU; a CPU has no fast float16 arithmetic",
+        fix="model.dtype=auto",
+    ),
+    Rule(
+        key="model.dtype",
+        when={"model.dtype": "float16", "lora": "none"},
+        why="float16 weights lose small updates, and torch's gradient scaler refuses float16 gradients",
+        fix="model.dtype=bfloat16 or float32, or lora=lora",
+    ),
+    # Packing
+    Rule(
+        key="training.packing",
+        when={"training.packing": True, "task": Not("sft", "pretrain")},
+        why="this task trains on pairs or generated rows, which have no packing",
+        fix="training.packing=false",
+    ),
+    Rule(
+        key="training.packing",
+        when={"training.packing": True, "backend": "unsloth", "device": "cpu"},
+        why="Unsloth's CPU backend turns packing off",
+        fix="backend=transformers, or training.packing=false",
+        source=UNSLOTH_CPU,
+    ),
+    # Unsloth
+    Rule(
+        key="task",
+        when={"backend": "unsloth", "device": "cpu", "task": Not("sft")},
+        why="Unsloth has no GPU here (device=cpu), and its CPU backend trains only SFT",
+        fix="backend=transformers, task=sft, or launch.device=cuda to plan for a GPU",
+        source=UNSLOTH_CPU,
+    ),
+    Rule(
+        key="lora.use_dora",
+        when={"backend": "unsloth", "device": "cpu", "lora.use_dora": True},
+        why="Unsloth has no GPU here (device=cpu), and the loader of its CPU backend drops DoRA",
+        fix="backend=transformers, lora=lora, or launch.device=cuda to plan for a GPU",
+        source=UNSLOTH_CPU,
+    ),
+    Rule(
+        key="model.quantization",
+        when={"backend": "unsloth", "device": "cpu", "model.quantization": "8bit"},
+        why="Unsloth's CPU backend loads 4-bit or plain weights",
+        fix="model.quantization=4bit or none, or backend=transformers",
+        source=UNSLOTH_CPU,
+    ),
+    Rule(
+        key="backend",
+        when={"backend": "unsloth", "distributed": Not("none", "ddp")},
+        why="Unsloth trains on one device or with DDP; it does not shard",
+        fix="distributed=none, or backend=transformers",
+    ),
+    Rule(
+        key="backend",
+        when={"backend": "unsloth", "device": "cpu", "distributed": Not("none")},
+        why="Unsloth's CPU backend is one process",
+        fix="distributed=none, or backend=transformers",
+        source=UNSLOTH_CPU,
+    ),
+    Rule(
+        key="backend.kernels",
+        when={"backend": "unsloth", "backend.kernels": "stock"},
+        why="Unsloth always trains with its own kernels",
+        fix="backend.kernels=auto, or backend=transformers",
+    ),
+    # Devices
+    Rule(
+        key="training.use_liger",
+        when={"training.use_liger": True, "device": "cpu"},
+        why="Liger's kernels are written in Triton, which needs a GPU",
+        fix="training.use_liger=false, or launch.device=cuda to plan for a GPU",
+    ),
+    Rule(
+        key="training.use_liger",
+        when={"training.use_liger": True, "backend": "unsloth"},
+        why="both replace the same layers with their own kernels",
+        fix="training.use_liger=false, or backend=transformers",
+    ),
+    Rule(
+        key="training.use_flash_attn",
+        when={"training.use_flash_attn": OneOf("v2", "v3"), "device": "cpu"},
+        why="FlashAttention's kernels are CUDA kernels",
+        fix="training.use_flash_attn=auto",
+        source="arXiv:2307.08691",
+    ),
+    Rule(
+        key="optim",
+        when={"optim": "paged_adamw_8bit", "device": "cpu"},
+        why="paging moves state between GPU and host memory",
+        fix="optim=adamw_8bit",
+    ),
+    # Distribution
+    Rule(
+        key="distributed.processes",
+        when={"distributed": "none", "distributed.processes": Above(1)},
+        why="distributed=none is one process",
+        fix="distributed=ddp, or distributed.processes=1",
+    ),
+    Rule(
+        key="distributed.nodes",
+        when={"distributed": "none", "distributed.nodes": Above(1)},
+        why="distributed=none is one process on one node",
+        fix="distributed=ddp, or distributed.nodes=1",
+    ),
+    Rule(
+        key="distributed",
+        when={"distributed": OneOf("zero3", *FSDP.values), "model.quantization": "8bit"},
+        why="8-bit weights carry per-row statistics that sharding would separate from them",
+        fix="model.quantization=4bit or none, or distributed=ddp",
+    ),
+    Rule(
+        key="distributed",
+        when={"task": "ppo", "distributed": SHARDED},
+        why="PPO holds four models, and TRL 1.12 shards only the one that trains",
+        fix="distributed=none or ddp",
+    ),
+    Rule(
+        key="longctx.use_ring_attention",
+        when={"longctx.use_ring_attention": True, "task": Not("sft", "pretrain")},
+        why="sequences are spread over devices for SFT and pretraining only",
+        fix="longctx.use_ring_attention=false",
+    ),
+    Rule(
+        key="longctx.use_ring_attention",
+        when={"longctx.use_ring_attention": True, "distributed": "none"},
+        why="a ring needs several processes",
+        fix="distributed=ddp distributed.processes=4 longctx.ring_size=4",
+        source="arXiv:2310.01889",
+    ),
+    Rule(
+        key="longctx.ring_size",
+        when={"longctx.use_ring_attention": False, "longctx.ring_size": Above(1)},
+        why="nothing reads it without ring attention",
+        fix="longctx.use_ring_attention=true, or longctx.ring_size=1",
+    ),
+    Rule(
+        key="longctx.ring_size",
+        when={"longctx.use_ring_attention": True, "longctx.ring_size": 1},
+        why="a ring of one device spreads nothing",
+        fix="longctx.ring_size=2 or more",
+        source="arXiv:2310.01889",
+    ),
+    # Features that need another
+    Rule(
+        key="training.moe_lora",
+        when={"training.moe_lora": True, "model.moe": False},
+        why="this model has no experts",
+        fix="training.moe_lora=false, or an MoE model",
+    ),
+    Rule(
+        key="training.moe_lora",
+        when={"training.moe_lora": True, "lora": "none"},
+        why="there are no adapters to place on experts",
+        fix="lora=lora, or training.moe_lora=false",
+    ),
+    Rule(
+        key="training.moe_aux_loss_coeff",
+        when={"training.moe_aux_loss_coeff": Not(None), "model.moe": False},
+        why="this model has no router whose loss it could weigh",
+        fix="training.moe_aux_loss_coeff=null, or an MoE model",
+    ),
+    Rule(
+        key="training.freeze_ratio",
+        when={"training.freeze_layers": Above(0), "training.freeze_ratio": Above(0)},
+        why="freeze_layers says how many layers freeze already",
+        fix="training.freeze_layers=0, or training.freeze_ratio=0.0",
+    ),
+    Rule(
+        key="training.freeze_ratio",
+        when={"training.freeze_ratio": 1},
+        why="nothing would train",
+        fix="training.freeze_ratio below 1",
+    ),
+    Rule(
+        key="training.curriculum",
+        when={"training.curriculum": True, "task": OneOf("grpo", "ppo")},
+        why="rows are generated while training, so their length and loss are not known before",
+        fix="training.curriculum=false",
+    ),
+    Rule(
+        key="data.streaming",
+        when={"data.streaming": True, "training.curriculum": True},
+        why="a curriculum sorts all rows before training, and a stream has no end",
+        fix="data.streaming=false, or training.curriculum=false",
+    ),
+    Rule(
+        key="training.max_steps",
+        when={"data.streaming": True, "training.max_steps": None},
+        why="a stream has no length, so the schedule needs its number of steps",
+        fix="training.max_steps=1000, or data.streaming=false",
+    ),
+    Rule(
+        key="data.eval_fraction",
+        when={"data.eval": Not(None), "data.eval_fraction": Above(0)},
+        why="data.eval names the held-out rows already",
+        fix="data.eval_fraction=0.0, or data.eval=null",
+    ),
+    # Tasks
+    Rule(
+        key="task.reward_model",
+        when={"task": "ppo", "task.reward_model": None},
+        why="PPO learns from a reward model",
+        fix="task.reward_model=FOLDER, as `python -m soup task=reward` trains one from preference pairs",
+    ),
+    # Composes and plans; the training part is not built yet
+    _pending("task", Not("sft", "pretrain")),
+    _pending("backend", "unsloth"),
+    _pending("optim", Not("adamw")),
+    _pending("distributed", Not("none")),
+    _pending("longctx", Not("none")),
+    _pending("longctx.use_ring_attention", True),
+    _pending("lora.loraplus_lr_ratio", Not(None)),
+    _pending("model.quantization_aware", True),
+    _pending("data.streaming", True),
+    _pending("training.packing", True),
+    _pending("training.use_liger", True),
+    _pending("training.use_flash_attn", OneOf("v2", "v3")),
+    _pending("training.neftune_alpha", Above(0)),
+    _pending("training.moe_lora", True),
+    _pending("training.moe_aux_loss_coeff", Not(None)),
+    _pending("training.curriculum", True),
+    _pending("training.freeze_layers", Above(0)),
+    _pending("training.freeze_ratio", Above(0)),
+    _pending("training.loss_watchdog", True),
+    _pending("tracking.mlflow", Not(None)),
+    _pending("tracking.trackio", Not(None)),
+    _pending("launch", "slurm"),
+)
+
+
+def facts(config: Config, *, device: str, model_config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What rules look at: every leaf of the configuration by its full key, and the facts beside it."""
+    found: dict[str, Any] = {"device": device}
+    for group, node in config.tree.items():
+        for key, value in _leaves(group, node):
+            found[key] = value
+        if isinstance(node, Mapping) and "name" in node and group != "run":
+            found[group] = node["name"]
+    for tracker in config.tracking:
+        found[f"tracking.{tracker.name}"] = tracker.name
+    if model_config is not None:
+        found["model.moe"] = is_moe(model_config)
+    return found
+
+
+def is_moe(model_config: Mapping[str, Any]) -> bool:
+    """Whether a model's config.json describes a mixture of experts."""
+    return any(
+        (model_config.get(key) or 0) > 1 for key in ("num_local_experts", "num_experts", "n_routed_experts")
+    )
+
+
+def broken(found: Mapping[str, Any]) -> list[Problem]:
+    """Problems of the rules that hold, those of unbuilt choices apart."""
+    return [rule.problem(found) for rule in RULES if not rule.pending and rule.holds(found)]
+
+
+def pending(found: Mapping[str, Any]) -> list[Problem]:
+    """Problems of choices that plan and cannot train yet."""
+    return [rule.problem(found) for rule in RULES if rule.pending and rule.holds(found)]
+
+
+def about(found: Mapping[str, Any], keys: Iterable[str]) -> list[tuple[Rule, bool]]:
+    """Rules that speak about any of `keys` as they are set, each with whether it holds."""
+    named = set(keys)
+    return [(rule, rule.holds(found)) for rule in RULES if named & set(rule.when)]
+
+
+def _leaves(prefix: str, node: Any) -> Iterable[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _leaves(f"{prefix}.{key}", value)
+    else:
+        yield prefix, node

