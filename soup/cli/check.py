@@ -1,0 +1,142 @@
+"""What every command does with composed points before anything else: schema, rules, packages, inputs, plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+from soup import inputs, rules
+from soup.cli.compose import Point
+from soup.data.report import Report
+from soup.device import Device, resolve
+from soup.errors import NotAvailableYet, Problem, Refused
+from soup.model import source
+from soup.plan import Lengths, Plan, plan
+from soup.schema import Config, check, merge_arguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A point that can work."""
+
+    point: Point
+    config: Config
+    device: Device
+    model_folder: Path
+    reports: Mapping[str, Report]
+    plan: Plan
+
+
+def checked(points: Sequence[Point], *, train: bool) -> list[Checked | Refused]:
+    """Each point checked, or the refusal that holds every problem found with it.
+
+    `train`: the point is to be built here and now, so what it needs must be installed and built,
+    and its data is tokenised into the cache; without, lengths are measured and nothing is written.
+    """
+    found: list[Checked | Refused] = []
+    for point in points:
+        try:
+            found.append(_checked(point, train=train))
+        except Refused as refused:
+            found.append(refused)
+    return found
+
+
+def valid(points: Sequence[Point], *, train: bool) -> list[Checked]:
+    """All points, or one refusal with the problems of every invalid one; `launch.invalid=skip` leaves those out."""
+    found = checked(points, train=train)
+    bad = [(point, one) for point, one in zip(points, found, strict=True) if isinstance(one, Refused)]
+    good = [one for one in found if isinstance(one, Checked)]
+    skip = good and all(one.config.launch.invalid == "skip" for one in good)
+    if bad and not skip:
+        if len(points) == 1:
+            raise bad[0][1]
+        problems = dict.fromkeys(problem for _, refused in bad for problem in refused.problems)
+        advice = Problem(
+            key="launch.invalid",
+            why=f"{len(bad)} of {len(points)} points are invalid, for the reasons above",
+            fix="change the sweep, or launch.invalid=skip to leave them out",
+        )
+        pending = all(isinstance(refused, NotAvailableYet) for _, refused in bad)
+        raise (NotAvailableYet if pending else Refused)([*problems, advice])
+    return good
+
+
+def _checked(point: Point, *, train: bool) -> Checked:
+    config = check(point.tree)
+    device = resolve(config.launch.device)
+    facts = rules.facts(config, device=device.kind, model_config=None)
+    problems = rules.broken(facts)
+    if train:
+        problems += _here(config, device)
+    if problems:
+        raise Refused(problems)
+    if train and (unbuilt := rules.pending(facts)):
+        raise NotAvailableYet(unbuilt)
+    merge_arguments(config)
+    model_folder = source.folder(config.model)
+    model_config = source.config(model_folder)
+    if problems := rules.broken(rules.facts(config, device=device.kind, model_config=model_config)):
+        raise Refused(problems)
+    reports = _reports(config, model_folder, train)
+    return Checked(
+        point=point,
+        config=config,
+        device=device,
+        model_folder=model_folder,
+        reports=reports,
+        plan=plan(config, model=model_config, device=device, lengths=_lengths(reports)),
+    )
+
+
+def _here(config: Config, device: Device) -> list[Problem]:
+    """What keeps a run from training on this machine now."""
+    problems = []
+    if device.kind == "cuda" and config.launch.slurm is None and resolve("auto").kind != "cuda":
+        problems.append(
+            Problem(
+                key="launch.device",
+                value=config.launch.device,
+                why="this machine has no GPU",
+                fix="launch.device=auto; `soup plan` works for a device that is elsewhere",
+            )
+        )
+    for package in dict.fromkeys(package for spec in config.specs() for package in spec.requires):
+        try:
+            distribution(package.distribution)
+        except PackageNotFoundError:
+            problems.append(
+                Problem(
+                    key="environment",
+                    why=f"this configuration needs {package.distribution}, which is not installed",
+                    fix=f"pip install 'soup-launcher[{package.extra}]'",
+                )
+            )
+    return problems
+
+
+def _reports(config: Config, model_folder: Path, train: bool) -> dict[str, Report]:
+    from soup.data import prepare
+
+    arguments = inputs.data_arguments(config, model_folder)
+    if train:
+        return {split: one.report for split, one in prepare.prepare(**arguments).items()}
+    return prepare.lengths(**arguments)
+
+
+def _lengths(reports: Mapping[str, Report]) -> Lengths:
+    train: dict[str, Any] = reports["train"].lengths
+    return Lengths(
+        rows=reports["train"].rows,
+        mean=train["mean"],
+        p50=train["p50"],
+        p95=train["p95"],
+        max=train["max"],
+        tokens=train["sum"],
+        learnt=train["sum_labels"],
+        sampled=reports["train"].sampled,
+        eval_rows=reports["eval"].rows if "eval" in reports else 0,
+    )

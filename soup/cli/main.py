@@ -1,0 +1,215 @@
+"""`soup`: reads the command line and calls one function per command; a refusal ends with status 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from typing import NoReturn
+
+from soup.errors import NotAvailableYet, Problem, RecordError, Refused
+
+
+@dataclass(frozen=True)
+class Command:
+    """`target` is "module:function", imported when called; `None` where the command is not built yet."""
+
+    target: str | None
+    says: str
+    composes: bool = True  # its function takes (points, args), otherwise (words, args)
+    json: bool = False
+
+
+COMMANDS = {
+    "run": Command("soup.cli.run:run", "train; the default, the word may be left out"),
+    "plan": Command(
+        "soup.cli.plan:plan", "what it would cost: memory, steps, disk; trains nothing", json=True
+    ),
+    "prove": Command("soup.cli.prove:prove", "build it, show each setting requested and in force", json=True),
+    "data": Command("soup.cli.data:data", "the data as the model sees it: masks, lengths, rejected rows"),
+    "why": Command("soup.cli.why:why", "which rules speak about this combination"),
+    "runs": Command("soup.cli.runs:runs", "[show|compare|resume|export] [ID...]", composes=False, json=True),
+    "status": Command(None, "where a sweep stands", composes=False),
+    "logs": Command(None, "what its runs wrote", composes=False),
+    "cancel": Command(None, "stop it", composes=False),
+    "retry": Command(None, "run again what failed", composes=False),
+    "doctor": Command(None, "what this machine can run", composes=False),
+}
+
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+
+
+def console() -> NoReturn:
+    """Entry point of the console script and of `python -m soup`."""
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit status: 0 done, 1 failed, 2 refused, 130 interrupted."""
+    try:
+        status = _main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # a closed pipe shows here, not while Python shuts down
+        return status
+    except Refused as refused:
+        print(_message(refused), file=sys.stderr)
+        return 2
+    except RecordError as error:
+        print(f"soup: {error}: {error.__cause__}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a process that SIGPIPE ended
+
+
+def _main(argv: Sequence[str]) -> int:
+    args = parse(argv)
+    if args.version:
+        from importlib.metadata import version
+
+        import soup
+
+        print(f"soup {soup.__version__} (Hydra {version('hydra-core')})")
+        return 0
+    if args.help:
+        from soup.cli.show import show_help
+
+        return show_help(args)
+    if args.shell_completion:
+        from soup.cli.complete import complete
+
+        return complete(args)
+    if args.cfg or args.info or args.hydra_help:
+        from soup.cli.show import show
+
+        return show(args)
+    command = COMMANDS[args.command]
+    if command.target is None:
+        fix = "`soup --help` lists what there is"
+        raise NotAvailableYet(Problem(key=args.command, why="not available yet", fix=fix))
+    module, _, name = command.target.partition(":")
+    if not command.composes:
+        return getattr(import_module(module), name)(args.words, args)
+
+    from soup.cli.compose import drive
+
+    # The command is imported once its points are composed, so that a refusal stays quick.
+    return drive(args, lambda points: getattr(import_module(module), name)(points, args))
+
+
+def parse(argv: Sequence[str]) -> Namespace:
+    """Sorts a command line into `command`, `overrides` and flags.
+
+    A command that does not compose gets `words`, and `run_root`: the `run.root=` given, else the default.
+
+    Raises:
+        Refused: a flag, word or combination that makes no sense, all of those found.
+    """
+    args = Parser().parse_intermixed_args(_separate_info(argv))
+    if args.config_name is None:
+        args.config_name = "config"
+    plain = [word for word in args.overrides if "=" not in word and not word.startswith("~")]
+    # Hydra's users write +experiment=NAME; our defaults list names the group, where Hydra refuses the +.
+    args.overrides = [
+        word.removeprefix("+") if word.startswith("+experiment=") else word
+        for word in args.overrides
+        if word not in plain
+    ]
+    if args.shell_completion:  # whose words are install=bash and the like
+        return args
+    args.command = plain.pop(0) if plain and plain[0] in COMMANDS else "run"
+    command = COMMANDS[args.command]
+    args.words, args.run_root = [], None
+    problems = list(_misused_flags(args, command))
+    if command.composes:
+        problems += [_unknown_word(word, args.command) for word in plain]
+    else:
+        args.words = plain
+        problems += _take_run_root(args)
+    if problems:
+        raise Refused(problems)
+    return args
+
+
+class Parser(ArgumentParser):
+    """Hydra's flags and soup's."""
+
+    def __init__(self) -> None:
+        from hydra._internal.utils import get_args_parser
+
+        super().__init__(parents=[get_args_parser()], add_help=False, conflict_handler="resolve")
+        self.add_argument("--version", action="store_true")
+        self.add_argument("--json", action="store_true")
+
+    def error(self, message: str) -> NoReturn:
+        raise Refused(Problem(key="command line", why=message, fix="`soup --help` lists commands and flags"))
+
+
+def _separate_info(argv: Sequence[str]) -> list[str]:
+    """`--info task=dpo` means `--info all task=dpo`; argparse would take the override for its value."""
+    words = list(argv)
+    for place, word in enumerate(words):
+        bare = place + 1 == len(words) or words[place + 1] not in INFO
+        if word in ("--info", "-i") and bare:
+            words[place] = "--info=all"
+    return words
+
+
+def _misused_flags(args: Namespace, command: Command) -> list[Problem]:
+    problems = []
+    if args.multirun and not command.composes:
+        why = f"`{args.command}` composes nothing"
+        problems.append(Problem(key="--multirun", why=why, fix="drop it"))
+    modes = {"--run": args.run, "--multirun": args.multirun, "--cfg": args.cfg, "--info": args.info}
+    given = [flag for flag, value in modes.items() if value]
+    if len(given) > 1:
+        fix = "give one of them; `soup plan --multirun ...` shows every point of a sweep"
+        problems.append(Problem(key=" ".join(given), why="exclude each other", fix=fix))
+    for flag, value in (("--resolve", args.resolve), ("--package", args.package)):
+        if value and not args.cfg:
+            problems.append(Problem(key=flag, why="is for --cfg only", fix=f"add --cfg job, or drop {flag}"))
+    if args.json and (args.cfg or args.info or args.help or not command.json):
+        takers = ", ".join(name for name, one in COMMANDS.items() if one.json)
+        fix = f"drop it; these take --json: {takers}"
+        problems.append(Problem(key="--json", why=f"`{args.command}` prints no JSON", fix=fix))
+    if args.experimental_rerun:
+        fix = "`soup runs resume ID` continues a run from its folder"
+        problems.append(Problem(key="--experimental-rerun", why="soup keeps no pickles", fix=fix))
+    return problems
+
+
+def _unknown_word(word: str, command: str) -> Problem:
+    if word in COMMANDS:
+        return Problem(key=word, why=f"a second command, beside {command}", fix="give one command at a time")
+    close = get_close_matches(word, COMMANDS)
+    listed = f"did you mean {' or '.join(close)}?" if close else f"commands: {', '.join(COMMANDS)}"
+    why = "neither a command nor key=value"
+    return Problem(key=word or "''", why=why, fix=f"{listed}; a value with spaces needs quotes")
+
+
+def _take_run_root(args: Namespace) -> list[Problem]:
+    problems = []
+    for override in args.overrides:
+        key, _, value = override.partition("=")
+        if key == "run.root" and value:
+            args.run_root = value
+        else:
+            why = f"`{args.command}` takes no override but run.root=FOLDER"
+            problems.append(Problem(key=override, why=why, fix="drop it"))
+    if args.run_root is None:
+        from omegaconf import OmegaConf
+
+        from soup.cli.loader import conf_dir
+
+        args.run_root = OmegaConf.load(conf_dir() / "config.yaml").run.root
+    return problems
+
+
+def _message(refused: Refused) -> str:
+    count = len(refused.problems)
+    return f"soup refuses: {refused}" if count == 1 else f"soup refuses, for {count} reasons:\n{refused}"

@@ -1,0 +1,57 @@
+"""Starts training processes: fresh ones, that read one run folder and die with their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+
+from soup.device import cores
+from soup.record import Run, read_json
+
+
+def threads(slots: int) -> int:
+    """Threads of one run: this machine's cores shared by the runs that train at a time."""
+    return max(1, cores() // slots)
+
+
+def train(run: Run, *words: str) -> int:
+    """Trains the run and returns the exit status of its process, negative for a signal.
+
+    The child has a process group of its own, so that a terminal's Ctrl-C reaches it once: from here.
+    """
+    recorded = read_json(run.environment) or {}
+    count = str(recorded.get("threads", threads(1)))
+    environment = os.environ | {
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return child(["-m", "soup.train", *words, str(run.folder)], environment)
+
+
+def child(words: list[str], environment: Mapping[str, str] | None = None) -> int:
+    """Runs `python WORDS` to its end, passing signals on; returns its exit status."""
+    process = subprocess.Popen([sys.executable, *words], env=environment, process_group=0)
+    with _passing_on(process):
+        return process.wait()
+
+
+@contextmanager
+def _passing_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """SIGINT and SIGTERM go on to the child, which saves and stops; this process waits for it."""
+
+    def send(number: int, _frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, send) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

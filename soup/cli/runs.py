@@ -1,0 +1,185 @@
+"""`soup runs [show|compare|resume|export] [ID...]`: what has been trained, and what can be done with it."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from soup.errors import Problem, Refused
+from soup.record import Run, find, read_json
+
+METRICS = ("step", "loss", "eval_loss", "tokens", "tokens_per_s", "peak_memory_bytes")
+ROOT = "outputs"
+
+
+def runs(words: list[str], args: Namespace) -> int:
+    """Dispatches on the first word; without one, lists all runs."""
+    root = Path(args.run_root or ROOT)
+    verbs = {"show": show, "compare": compare, "resume": resume, "export": export}
+    if not words:
+        return list_runs(root)
+    if words[0] not in verbs:
+        raise Refused(
+            Problem(key="runs", value=words[0], why="is no such action", fix=f"one of: {', '.join(verbs)}")
+        )
+    return verbs[words[0]](find(root, words[1:] or ["latest"]), args)
+
+
+def list_runs(root: Path) -> int:
+    """All runs below `root`, oldest first."""
+    found = find(root, [])
+    console = _console()
+    if not found:
+        console.print(f"no runs in {root}")
+    else:
+        console.print(table(found))
+    return 0
+
+
+def table(found: Sequence[Run]) -> Any:
+    """A rich table: id, name, state, step, losses, and the last error line of what failed."""
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False)
+    for name in ("id", "name", "task", "state", "step", "loss", "eval_loss", ""):
+        shown.add_column(name, overflow="fold")
+    for run in found:
+        tree, last, state = run.tree(), _last(run), run.state()
+        error = str((run.result() or {}).get("error", "")).splitlines()[:1] if state != "finished" else []
+        shown.add_row(
+            run.id,
+            tree["run"]["name"] or "",
+            tree["task"]["name"],
+            state,
+            *(_number(last.get(key)) for key in ("step", "loss", "eval_loss")),
+            error[0] if error else "",
+        )
+    return shown
+
+
+def show(chosen: Sequence[Run], args: Namespace) -> int:
+    """Configuration, plan against measurement, effective settings and result of each run."""
+    from soup.cli.prove import show as show_effects
+
+    console = _console()
+    for run in chosen:
+        result, plan, proved = run.result() or {}, read_json(run.plan) or {}, read_json(run.effective)
+        if args.json:
+            told = {"id": run.id, "state": run.state(), "config": run.tree(), "plan": plan, "result": result}
+            print(json.dumps(told | {"effective": proved}, indent=2))
+            continue
+        console.print(f"run {run.id}: {run.state()}", style="bold")
+        console.print(f"folder {run.folder}")
+        for key, value in result.items():
+            if key != "traceback":
+                console.print(f"  {key}: {_number(value)}", markup=False)
+        planned, measured = plan.get("peak_memory_bytes"), result.get("peak_memory_bytes")
+        if planned and measured:
+            ratio = measured / planned
+            console.print(f"  memory: planned {planned / 2**30:.2f} GiB, measured {ratio:.0%} of it")
+        console.print(run.config.read_text(encoding="utf-8").rstrip(), markup=False)
+        if proved:
+            show_effects(proved, console)
+    return 0
+
+
+def compare(chosen: Sequence[Run], args: Namespace) -> int:  # noqa: ARG001
+    """The keys in which runs differ, and their final metrics, side by side."""
+    from rich.table import Table
+
+    if len(chosen) < 2:
+        raise Refused(Problem(key="runs compare", why="needs two runs or more", fix="runs compare ID ID"))
+    shown = Table(box=None, pad_edge=False)
+    shown.add_column("key")
+    for run in chosen:
+        shown.add_column(run.id, overflow="fold")
+    flat = [dict(_flat(run.tree())) for run in chosen]
+    for key in dict.fromkeys(key for one in flat for key in one):
+        values = [one.get(key, "-") for one in flat]
+        if any(value != values[0] for value in values):
+            shown.add_row(key, *map(str, values))
+    shown.add_section()
+    last = [_last(run) for run in chosen]
+    for key in ("state", *METRICS):
+        values = [
+            run.state() if key == "state" else _number(one.get(key))
+            for run, one in zip(chosen, last, strict=True)
+        ]
+        shown.add_row(key, *values)
+    _console().print(shown)
+    return 0
+
+
+def resume(chosen: Sequence[Run], args: Namespace) -> int:  # noqa: ARG001
+    """Continues runs that have not finished, from their own folders."""
+    from soup.cli.process import train
+
+    console = _console()
+    status = 0
+    for run in chosen:
+        if run.state() == "finished":
+            console.print(f"run {run.id} is finished")
+            continue
+        console.print(f"continuing run {run.id} in {run.folder}")
+        status = max(status, abs(train(run)))
+        console.print(f"run {run.id}: {run.state()}")
+    return status
+
+
+def export(chosen: Sequence[Run], args: Namespace) -> int:
+    """Writes the adapter folded into its base (--merged), a folder that plain transformers loads."""
+    from soup.cli.process import child
+
+    console = _console()
+    if not args.merged:
+        raise Refused(
+            Problem(
+                key="runs export",
+                why="exports the base with the adapter folded in",
+                fix="runs export --merged ID; the adapter itself lies in the run's model/",
+            )
+        )
+    for run in chosen:
+        if not (run.model / "adapter_config.json").is_file():
+            why = "has no adapter to fold in" if run.model.is_dir() else "has no model yet"
+            raise Refused(Problem(key="run", value=run.id, why=why, fix=f"see {run.folder}"))
+        target = run.folder / "merged"
+        if not target.is_dir():
+            done = child(["-m", "soup.model.merge", str(run.model), str(target)])
+            if done != 0:
+                console.print(f"the export of {run.id} failed", style="red")
+                return 1
+        console.print(f"merged model: {target}")
+    return 0
+
+
+def _last(run: Run) -> dict[str, Any]:
+    last: dict[str, Any] = {}
+    for line in run.lines():
+        last |= line
+    return last
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found.extend(_flat(value, f"{prefix}{key}."))
+        else:
+            found.append((f"{prefix}{key}", value))
+    return found
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False)

@@ -1,0 +1,80 @@
+"""What became of the data: counts, bad rows and lengths. Shown before training, and read by `soup plan`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+BAD_KEPT = 20  # bad rows that are named; the rest are counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One split. Counts are rows, lengths are tokens.
+
+    `rows` are there to train on. `bad` names the first BAD_KEPT bad rows as {source, line, why, fix};
+    `bad_total` counts all. `skipped` were too long (data.on_too_long=skip); `truncated` are among `rows`;
+    `dropped_nothing_left` would have had nothing to learn from once truncated. Where data.eval_fraction parts
+    a split from the training files, bad, skipped and dropped rows are in the training split's report.
+
+    `lengths`, after truncation: count, mean, p50, p95, max, sum, sum_labels (tokens learnt), longest (before
+    truncation) and histogram {"edges": n + 1 numbers, "counts": n}. A preference pair's length is that of its
+    longer side. `sampled`: measured on the first rows only; `rows`, the counts and the sums are scaled up to
+    the whole. `bytes`: of the tokenised file; 0 where there is none.
+    """
+
+    rows: int
+    format: str
+    shape: str
+    lengths: dict[str, Any]
+    bad_total: int = 0
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    skipped: int = 0
+    truncated: int = 0
+    dropped_nothing_left: int = 0
+    bytes: int = 0
+    sampled: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        return cls(**{one.name: data[one.name] for one in fields(cls)})
+
+
+def summarise(length_R: Any, learnt_R: Any, longest: int, scale: float = 1.0) -> dict[str, Any]:
+    """Length statistics of R rows (tokens). `scale` multiplies count, sums and histogram, for samples."""
+    import numpy as np
+
+    def whole(value: Any) -> int:
+        return round(float(value) * scale)
+
+    if len(length_R) == 0:
+        return {
+            "count": 0,
+            "mean": 0.0,
+            "p50": 0,
+            "p95": 0,
+            "max": 0,
+            "sum": 0,
+            "sum_labels": 0,
+            "longest": longest,
+            "histogram": {"edges": [], "counts": []},
+        }
+    bins = min(12, int(length_R.max() - length_R.min()) + 1)
+    counts_B, edges_B = np.histogram(length_R, bins=bins)
+    return {
+        "count": whole(len(length_R)),
+        "mean": round(float(length_R.mean()), 2),
+        "p50": int(np.percentile(length_R, 50)),
+        "p95": int(np.percentile(length_R, 95)),
+        "max": int(length_R.max()),
+        "sum": whole(length_R.sum()),
+        "sum_labels": whole(learnt_R.sum()),
+        "longest": longest,
+        "histogram": {
+            "edges": [round(float(edge), 1) for edge in edges_B],
+            "counts": [whole(count) for count in counts_B],
+        },
+    }

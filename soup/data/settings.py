@@ -1,0 +1,162 @@
+"""The arguments of `prepare`, `lengths` and `fingerprint`, and what they make of each other."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from soup.data.encode import Encoder
+from soup.data.files import resolve_files
+from soup.data.formats import FORMATS
+from soup.data.shapes import ACCEPTS, SHAPES, convert
+from soup.errors import Problem, Refused
+
+ON_BAD_ROW = ("refuse", "skip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """`train`, `eval`: files, folders, globs or hub names (`soup.data.files`); `eval` may be None.
+    `eval_fraction`: of the training rows, held out where there is no `eval`; 0 holds out none.
+    `split_seed`: which rows those are. `format`: auto, or one of `soup.data.formats.FORMATS`.
+    `shape`: what the task needs, one of `soup.data.shapes.SHAPES`.
+    `model_folder`: a local folder with a tokenizer. `chat_template`: text, file or None for the model's own.
+    `max_length`: tokens. `on_bad_row`: refuse, skip. `on_too_long`: truncate, skip, refuse.
+    `max_samples`: usable rows to take from the start of `train`; None takes all.
+    `num_proc`: threads that tokenise; it changes nothing in the result.
+    `cache`: the folder under which `tokenised/<fingerprint>/` lies.
+
+    Raises Refused for values that cannot be, all at once.
+    """
+
+    train: str | Sequence[str]
+    eval: str | Sequence[str] | None
+    eval_fraction: float
+    split_seed: int
+    format: str
+    shape: str
+    model_folder: Path
+    chat_template: str | None
+    max_length: int
+    on_bad_row: str
+    on_too_long: str
+    max_samples: int | None
+    num_proc: int
+    cache: Path
+
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPES:
+            raise ValueError(f"no such shape: {self.shape}")
+        problems = []
+        for key, value, choices in (
+            ("data.format", self.format, ("auto", *FORMATS)),
+            ("data.on_bad_row", self.on_bad_row, ON_BAD_ROW),
+        ):
+            if value not in choices:
+                problems.append(
+                    Problem(
+                        key=key,
+                        value=value,
+                        why="there is no such choice",
+                        fix=f"one of {', '.join(choices)}",
+                    )
+                )
+        if not 0 <= self.eval_fraction < 1:
+            problems.append(
+                Problem(
+                    key="data.eval_fraction",
+                    value=self.eval_fraction,
+                    why="must be at least 0 and less than 1",
+                    fix="data.eval_fraction=0.05",
+                )
+            )
+        elif self.eval is not None and self.eval_fraction > 0:
+            problems.append(
+                Problem(
+                    key="data.eval_fraction",
+                    value=self.eval_fraction,
+                    why="data.eval names the rows to evaluate on already",
+                    fix="data.eval_fraction=0",
+                )
+            )
+        for key, number in (("data.max_samples", self.max_samples), ("data.num_proc", self.num_proc)):
+            if number is not None and number < 1:
+                problems.append(
+                    Problem(key=key, value=number, why="must be at least 1", fix=f"{key}=1 or more")
+                )
+        if problems:
+            raise Refused(problems)
+
+    @cached_property
+    def files(self) -> dict[str, list[Path]]:
+        """Split name to files, in order."""
+        named = {"train": resolve_files(self.train)}
+        if self.eval is not None:
+            named["eval"] = resolve_files(self.eval, key="data.eval")
+        return named
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(
+            self.model_folder,
+            chat_template=self.chat_template,
+            max_length=self.max_length,
+            on_too_long=self.on_too_long,
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same data, tokenizer, template, settings and code: the same fingerprint, wherever they lie."""
+        digest = hashlib.sha256(self.encoder.fingerprint.encode())
+        settings = [
+            self.eval_fraction,
+            self.split_seed if self.eval_fraction else None,
+            self.format,
+            self.shape,
+            self.on_bad_row,
+            self.max_samples,
+            importlib.metadata.version("tokenizers"),
+        ]
+        digest.update(json.dumps(settings).encode())
+        for split, files in self.files.items():
+            for file in files:
+                digest.update(f"{split}{''.join(file.suffixes)}".encode())
+                digest.update(_digest(file))
+        for source in sorted(Path(__file__).parent.glob("*.py")):
+            digest.update(_digest(source))
+        return digest.hexdigest()[:32]
+
+    def check_accepted(self, format: str, split: str) -> None:
+        """Raises Refused where `format`, seen in the rows or given, cannot make rows of `shape`."""
+        if format not in ACCEPTS[self.shape]:
+            seen = self.format == "auto"
+            raise Refused(
+                Problem(
+                    key=f"data.{split}" if seen else "data.format",
+                    value=", ".join(map(str, self.files[split][:3])) if seen else format,
+                    why=f"the data are of format {format}; the task needs {self.shape} rows",
+                    fix=convert(self.shape),
+                )
+            )
+
+
+def _digest(file: Path) -> bytes:
+    try:
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while part := stream.read(1 << 20):
+                digest.update(part)
+        return digest.digest()
+    except OSError as error:
+        raise Refused(
+            Problem(
+                key=str(file),
+                why=f"cannot be read: {error.strerror}",
+                fix="check the file and its permissions",
+            )
+        ) from error

@@ -1,0 +1,85 @@
+"""Proof that each setting is in force: probes read the built objects, never the request.
+
+A probe is a function of `Built` that yields one `Effect` for each key it speaks about. Specs name their probes
+(`optimizer:groups` is `soup.effects.optimizer.groups`). Probes draw no random number and leave no state.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from soup.schema import GROUPS
+
+COMMON = ("loop:features_off", "loop:processes")
+
+# Keys that are consumed before or after training; nothing on the built trainer could show them.
+ELSEWHERE = {
+    "run.": "read by soup: where the run lies and how it is shown",
+    "launch.": "read by the launcher",
+    "tracking.": "read by the tracker",
+}
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What is in force for one key. `how` says where that was read."""
+
+    key: str
+    requested: Any
+    effective: Any
+    ok: bool
+    how: str
+
+
+def prove(built: Any) -> list[Effect]:
+    """Runs every probe of the configuration, and accounts for every key of it.
+
+    A key that no probe speaks about is a mismatch: nothing is known to read it.
+    """
+    names = dict.fromkeys([*(name for spec in built.config.specs() for name in spec.effects), *COMMON])
+    found: dict[str, Effect] = {}
+    for name in names:
+        module, _, function = name.partition(":")
+        probe = getattr(importlib.import_module(f"soup.effects.{module}"), function)
+        for effect in probe(built):
+            found[effect.key] = effect
+    leaves = dict(_leaves(built.config.tree))
+    stray = set(found) - set(leaves)
+    if stray:
+        raise KeyError(f"probes speak about keys that do not exist: {sorted(stray)}")
+    proved = []
+    for key, value in leaves.items():
+        elsewhere = next((why for prefix, why in ELSEWHERE.items() if key.startswith(prefix)), None)
+        if key in found:
+            proved.append(found[key])
+        elif elsewhere is not None:
+            proved.append(Effect(key, value, value, True, elsewhere))
+        else:
+            proved.append(Effect(key, value, None, False, "no probe reads this key"))
+    return proved
+
+
+def to_json(proved: Iterable[Effect]) -> dict[str, Any]:
+    """The content of effective.json: key to requested, effective, ok and how."""
+    return {effect.key: {k: v for k, v in asdict(effect).items() if k != "key"} for effect in proved}
+
+
+def same(key: str, requested: Any, effective: Any, how: str) -> Effect:
+    """An effect that is right when the two are equal; numbers to float32's precision."""
+    if isinstance(requested, float) and isinstance(effective, int | float):
+        ok = abs(requested - effective) <= 1e-6 * max(abs(requested), abs(effective))
+    else:
+        ok = requested == effective
+    return Effect(key, requested, effective, ok, how)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{path}.")
+        elif not (key == "name" and prefix.rstrip(".") in GROUPS):
+            yield path, value

@@ -1,0 +1,86 @@
+"""Adapters as they sit on the modules, and what trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from soup.effects import Effect, same
+
+
+def adapter(built: Any) -> Iterator[Effect]:
+    """Rank, scale, dropout, variant and placement of LoRA, from shapes and attributes of the layers."""
+    import torch
+
+    spec = built.config.lora
+    layers = {name: m for name, m in built.model.named_modules() if hasattr(m, "lora_A") and m.lora_A}
+    first = next(iter(built.model.peft_config)) if hasattr(built.model, "peft_config") else "default"
+    ranks = sorted({layer.lora_A[first].weight.shape[0] for layer in layers.values()})
+    how = f"shapes of A on {len(layers)} modules"
+    yield same("lora.r", spec.r, ranks[0] if len(ranks) == 1 else ranks, how)
+    root = math.sqrt(spec.r) if spec.use_rslora else spec.r
+    scales = sorted({float(layer.scaling[first]) for layer in layers.values()})
+    alphas = [round(scale * root, 6) for scale in scales]
+    how = f"the modules scale B A by {scales}"
+    yield same("lora.alpha", float(spec.alpha), alphas[0] if len(alphas) == 1 else alphas, how)
+    rooted = bool(scales) and all(math.isclose(s, spec.alpha / math.sqrt(spec.r)) for s in scales)
+    yield Effect("lora.use_rslora", spec.use_rslora, rooted, rooted == spec.use_rslora or spec.r == 1, how)
+    drops = sorted({getattr(layer.lora_dropout[first], "p", 0.0) for layer in layers.values()})
+    yield same("lora.dropout", float(spec.dropout), drops[0] if len(drops) == 1 else drops, "dropout modules")
+    magnitudes = sum(len(getattr(layer, "lora_magnitude_vector", ())) > 0 for layer in layers.values())
+    how = f"{magnitudes} of {len(layers)} modules have a magnitude vector"
+    key = "lora.use_dora"
+    yield same(key, spec.use_dora, bool(layers) and magnitudes == len(layers), how)
+    yield Effect(
+        "lora.loraplus_lr_ratio", spec.loraplus_lr_ratio, None, spec.loraplus_lr_ratio is None, "one rate"
+    )
+    head = built.model.get_output_embeddings()
+    if spec.target_modules == "all-linear":
+        linear = [
+            name
+            for name, m in built.model.named_modules()
+            if (isinstance(m, torch.nn.Linear) or hasattr(m, "base_layer"))
+            and "lora_" not in name
+            and not name.endswith(".base_layer")
+            and m is not head
+        ]
+        missing = sorted(set(linear) - set(layers))
+        effective: Any = "all-linear" if layers and not missing else f"all but {missing[:3]}"
+        ok = bool(layers) and not missing
+    else:
+        wanted = (spec.target_modules,) if isinstance(spec.target_modules, str) else spec.target_modules
+        placed = {name.rpartition(".")[2] for name in layers} | set(layers)
+        unmet = [w for w in wanted if not any(p == w or p.endswith(f".{w}") for p in placed)]
+        stray = [n for n in layers if not any(n == w or n.endswith(f".{w}") for w in wanted)]
+        effective = sorted({name.rpartition(".")[2] for name in layers})
+        ok = bool(layers) and not unmet and not stray
+    yield Effect(
+        "lora.target_modules",
+        built.config.tree["lora"]["target_modules"],
+        effective,
+        ok,
+        f"{len(layers)} modules: {_kinds(layers)}",
+    )
+
+
+def trainable(built: Any) -> Iterator[Effect]:
+    """Parameters that train: all of them without adapters, those of the adapters alone with them."""
+    trains = {name: p.numel() for name, p in built.model.named_parameters() if p.requires_grad}
+    total = sum(p.numel() for p in built.model.parameters())
+    if built.config.lora.r is None:
+        ok = sum(trains.values()) == total
+        if not ok:
+            raise_key = "training.freeze_layers"
+            yield Effect(raise_key, 0, f"{sum(trains.values()):,} of {total:,} train", False, "requires_grad")
+        return
+    foreign = [name for name in trains if "lora_" not in name]
+    if foreign or not trains:
+        how = f"{len(trains)} tensors train, {len(foreign)} of them outside the adapters: {foreign[:3]}"
+        yield Effect(
+            "lora.target_modules", built.config.tree["lora"]["target_modules"], foreign[:3], False, how
+        )
+
+
+def _kinds(layers: Any) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in layers}))

@@ -1,0 +1,91 @@
+"""The rows that the trainer holds, and what its collator makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from soup.effects import Effect, same
+
+
+def rows(built: Any) -> Iterator[Effect]:
+    """Rows of the trainer's datasets against those that were prepared."""
+    import pyarrow as pa
+
+    data = built.config.tree["data"]
+    trainer = built.trainer
+    prepared = built.prepared["train"]
+    report = prepared.report
+
+    def intact(dataset: Any, entry: Any) -> bool:
+        with pa.memory_map(str(entry.open())) as file:
+            table = pa.ipc.open_stream(file).read_all()
+        return dataset.data.table.equals(table) if len(dataset) == table.num_rows else False
+
+    ok = intact(trainer.train_dataset, prepared)
+    how = f"the trainer holds {len(trainer.train_dataset)} rows, {report.rows} were prepared"
+    yield Effect("data.train", data["train"], f"{len(trainer.train_dataset)} rows", ok, how)
+    held_out = trainer.eval_dataset
+    wanted = "eval" in built.prepared
+    ok = (held_out is not None) == wanted and (not wanted or intact(held_out, built.prepared["eval"]))
+    count = 0 if held_out is None else len(held_out)
+    yield Effect("data.eval", data["eval"], f"{count} rows", ok, "rows of the trainer's eval_dataset")
+    share = count / (count + len(trainer.train_dataset))
+    asked = data["eval_fraction"]
+    near = asked == 0 or abs(share - asked) <= max(0.1 * asked, 2 / (count + len(trainer.train_dataset)))
+    yield Effect("data.eval_fraction", asked, round(share, 4), near, f"{count} rows are held out")
+    ok = data["format"] in ("auto", report.format)
+    yield Effect("data.format", data["format"], report.format, ok, "what the rows were read as")
+    limit = data["max_samples"]
+    ok = limit is None or len(trainer.train_dataset) <= limit
+    yield Effect("data.max_samples", limit, len(trainer.train_dataset), ok, "rows to train on")
+    yield Effect(
+        "data.on_bad_row",
+        data["on_bad_row"],
+        f"{report.bad_total} bad rows",
+        data["on_bad_row"] == "skip" or not report.bad_total,
+        "counted while reading",
+    )
+    yield Effect("data.num_proc", data["num_proc"], data["num_proc"], True, "threads while tokenising")
+    streaming = type(trainer.train_dataset).__name__ == "IterableDataset"
+    yield same("data.streaming", data["streaming"], streaming, type(trainer.train_dataset).__name__)
+
+
+def sequence_length(built: Any) -> Iterator[Effect]:
+    """The longest row that the trainer holds."""
+    data = built.config.data
+    report = built.prepared["train"].report
+    columns = built.trainer.train_dataset.column_names
+    if "input_ids" in columns:
+        import pyarrow.compute as pc
+
+        longest = int(
+            pc.max(pc.list_value_length(built.trainer.train_dataset.data.column("input_ids"))).as_py()
+        )
+        how = f"the longest row the trainer holds; {report.truncated} rows were truncated"
+        yield Effect("data.max_length", data.max_length, longest, longest <= data.max_length, how)
+    lost = f"{report.truncated} truncated, {report.skipped + report.dropped_nothing_left} left out"
+    ok = data.on_too_long == "truncate" or report.truncated == 0
+    yield Effect("data.on_too_long", data.on_too_long, lost, ok, "counted while tokenising")
+
+
+def label_mask(built: Any) -> Iterator[Effect]:
+    """Labels of a batch as the trainer's collator makes it, against the masks that were prepared.
+
+    It stands for `data.format`: the format decides what is learnt.
+    """
+    trainer = built.trainer
+    examples = [trainer.train_dataset[i] for i in range(min(4, len(trainer.train_dataset)))]
+    collated = trainer.data_collator([dict(example) for example in examples])
+    wrong = 0
+    for row, example in enumerate(examples):
+        size = len(example["labels"])
+        labels = collated["labels"][row].tolist()
+        wrong += labels[:size] != list(example["labels"]) or any(one != -100 for one in labels[size:])
+    learnt = int((collated["labels"] != -100).sum())
+    total = sum(len(example["labels"]) for example in examples)
+    report = built.prepared["train"].report
+    asked = built.config.tree["data"]["format"]
+    ok = wrong == 0 and learnt > 0 and asked in ("auto", report.format)
+    how = f"{learnt} of {total} tokens are learnt in {len(examples)} rows; {wrong} rows have another mask"
+    yield Effect("data.format", asked, report.format, ok, how)

@@ -1,0 +1,64 @@
+"""What a configuration names outside itself: the data's arguments, and the content hashes of a run's identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from soup import cache
+from soup.model import source
+from soup.schema import Config
+
+EMBEDDED = Path(__file__).parent / "embedded"
+
+
+def data_arguments(config: Config, model_folder: Path) -> dict[str, Any]:
+    """Arguments of `soup.data.prepare.prepare`; the embedded set of the task where `data.train` is null."""
+    data = config.data
+    train, held_out = data.train, data.eval
+    if train is None:
+        train = str(EMBEDDED / f"{config.task.embedded}.jsonl")
+        if held_out is None and data.eval_fraction == 0:
+            held_out = str(EMBEDDED / f"{config.task.embedded}_eval.jsonl")
+    return {
+        "train": train,
+        "eval": held_out,
+        "eval_fraction": data.eval_fraction,
+        "split_seed": config.training.data_seed,
+        "format": data.format,
+        "shape": config.task.shape,
+        "model_folder": model_folder,
+        "chat_template": config.model.chat_template,
+        "max_length": data.max_length,
+        "on_bad_row": data.on_bad_row,
+        "on_too_long": data.on_too_long,
+        "max_samples": data.max_samples,
+        "num_proc": data.num_proc,
+        "cache": cache.root(),
+    }
+
+
+def content(config: Config, model_folder: Path) -> dict[str, str]:
+    """Hashes of what the configuration names: the data as prepared, and the model."""
+    from soup.data.prepare import fingerprint
+
+    return {
+        "data": fingerprint(**data_arguments(config, model_folder)),
+        "model": _model_hash(config, model_folder),
+    }
+
+
+def _model_hash(config: Config, model_folder: Path) -> str:
+    """Of a hub snapshot its commit; of a folder its files, remembered by size and time of change."""
+    if config.model.embedded or model_folder.parent.name == "snapshots":
+        return model_folder.name
+    files = sorted(path for path in model_folder.iterdir() if path.is_file())
+    seen = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    remembered = cache.root() / "hashes" / hashlib.sha256(json.dumps(seen).encode()).hexdigest()
+    with cache.entry(remembered) as partial:
+        if partial is not None:
+            hashes = [[path.name, source.sha256(path)] for path in files]
+            (partial / "hash").write_text(hashlib.sha256(json.dumps(hashes).encode()).hexdigest())
+    return (remembered / "hash").read_text()

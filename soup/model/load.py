@@ -1,0 +1,101 @@
+"""Loads model and tokenizer for training: precision, quantization and adapters. Needs torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+
+from soup.device import Device
+from soup.errors import Problem, Refused
+from soup.specs import LoraSpec, ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """`weights`: dtype that the model is loaded in. `autocast`: dtype of matrix products, `None` for the weights' own.
+    Adapters are float32 whatever the frozen weights are (PEFT's default), so small updates are not lost.
+    """
+
+    weights: torch.dtype
+    autocast: torch.dtype | None
+    reason: str
+
+
+def precision(model: ModelSpec, lora: LoraSpec, device: Device) -> Precision:
+    """What `model.dtype` comes to on this device."""
+    if model.dtype == "auto":
+        if not device.bf16:
+            return Precision(weights=torch.float32, autocast=None, reason=f"float32: {device.reason}")
+        if lora.r is None:
+            reason = f"float32 weights, bfloat16 products: all weights train, and {device.reason}"
+            return Precision(weights=torch.float32, autocast=torch.bfloat16, reason=reason)
+        return Precision(weights=torch.bfloat16, autocast=torch.bfloat16, reason=f"bfloat16: {device.reason}")
+    asked = getattr(torch, model.dtype)
+    return Precision(
+        weights=asked, autocast=None if asked is torch.float32 else asked, reason=f"model.dtype={model.dtype}"
+    )
+
+
+def load_tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with `model.chat_template` if one is given, and a padding token."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+    if spec.chat_template is not None:
+        from soup.data.encode import template_text
+
+        tokenizer.chat_template = template_text(spec.chat_template)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(folder: Path, spec: ModelSpec, precise: Precision, device: Device) -> torch.nn.Module:
+    """The causal language model, quantized if asked, on `device`."""
+    quantization = None
+    if spec.quantization == "4bit":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=precise.autocast or precise.weights,
+        )
+    elif spec.quantization == "8bit":
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    options: dict[str, Any] = {"device_map": {"": device.kind}} if quantization is not None else {}
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=precise.weights,
+            quantization_config=quantization,
+            trust_remote_code=spec.trust_remote_code,
+            **options,
+        )
+    except (ValueError, OSError) as error:
+        raise Refused(
+            Problem(
+                key="model.base",
+                value=spec.base,
+                why=f"cannot be loaded as a causal language model: {str(error).strip().splitlines()[0]}",
+                fix="a model folder or name whose config.json describes a causal language model",
+            )
+        ) from error
+
+
+def adapter(spec: LoraSpec) -> LoraConfig | None:
+    """PEFT's configuration, `None` where all weights train."""
+    if spec.r is None:
+        return None
+    modules = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=spec.r,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=modules,
+        use_dora=spec.use_dora,
+        use_rslora=spec.use_rslora,
+    )

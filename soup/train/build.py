@@ -1,0 +1,114 @@
+"""From a checked configuration to a trainer ready to take its first step: the one trainer call site."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from soup.data.prepare import Prepared, prepare
+from soup.device import Device
+from soup.errors import Problem, Refused
+from soup.inputs import data_arguments
+from soup.model.load import Precision, adapter, load_model, load_tokenizer, precision
+from soup.schema import Config, merge_arguments
+from soup.train.trainer import Resumable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A trainer before its first step, and what it was built from. Probes read this."""
+
+    config: Config
+    device: Device
+    model_folder: Path
+    prepared: Mapping[str, Prepared]
+    precision: Precision
+    tokenizer: Any
+    trainer: Any
+
+    @property
+    def model(self) -> Any:
+        return self.trainer.model
+
+
+def build(config: Config, *, device: Device, model_folder: Path, output: Path) -> Built:
+    """Loads everything and constructs the trainer; `output` is where checkpoints go.
+
+    Raises:
+        Refused: the model or the adapter cannot be built as asked.
+    """
+    from transformers import set_seed
+
+    prepared = prepare(**data_arguments(config, model_folder))
+    precise = precision(config.model, config.lora, device)
+    tokenizer = load_tokenizer(model_folder, config.model)
+    model = load_model(model_folder, config.model, precise, device)
+    trainer_class = _load(config.task.trainer)
+    set_seed(config.training.seed)  # adapters are initialised by the trainer, before it sets the seed itself
+    try:
+        trainer = type(trainer_class.__name__, (Resumable, trainer_class), {})(
+            model=model,
+            args=_load(config.task.config)(**_arguments(config, device, precise, prepared, output)),
+            train_dataset=_dataset(prepared["train"]),
+            eval_dataset=_dataset(prepared["eval"]) if "eval" in prepared else None,
+            processing_class=tokenizer,
+            peft_config=adapter(config.lora),
+        )
+    except ValueError as error:
+        if "arget modules" not in str(error):
+            raise
+        raise Refused(
+            Problem(
+                key="lora.target_modules",
+                value=config.tree["lora"]["target_modules"],
+                why=f"not in this model: {str(error).splitlines()[0]}",
+                fix="lora.target_modules=all-linear, or names of its linear layers such as [q_proj,v_proj]",
+            )
+        ) from error
+    return Built(
+        config=config,
+        device=device,
+        model_folder=model_folder,
+        prepared=prepared,
+        precision=precise,
+        tokenizer=tokenizer,
+        trainer=trainer,
+    )
+
+
+def _arguments(
+    config: Config, device: Device, precise: Precision, prepared: Mapping[str, Prepared], output: Path
+) -> dict[str, Any]:
+    """Arguments of the trainer's configuration: those of the choices, and those of the machine and the run folder."""
+    import torch
+
+    arguments = {name: value for name, (value, _) in merge_arguments(config).items()}
+    if config.task.max_length is not None:
+        arguments[config.task.max_length] = config.data.max_length
+    return arguments | {
+        "output_dir": str(output),
+        "use_cpu": device.kind == "cpu",
+        "bf16": precise.autocast is torch.bfloat16,
+        "fp16": precise.autocast is torch.float16,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "dataloader_pin_memory": device.kind == "cuda",
+        "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
+        "include_num_input_tokens_seen": "non_padding",
+        "eval_strategy": "steps" if "eval" in prepared else "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def _dataset(prepared: Prepared) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_file(str(prepared.open()))
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,117 @@
+"""One run from its folder to its result: the whole wiring."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from soup import effects
+from soup.device import resolve
+from soup.errors import Problem, Refused
+from soup.inputs import content
+from soup.model import source
+from soup.record import Run, read_json, write_json
+from soup.schema import Config, check
+from soup.train.build import Built, build
+from soup.train.callbacks import Loop, Recorder, Stopper
+from soup.train.finish import save_model
+from soup.train.memory import peak_memory_bytes
+from soup.train.progress import Display
+from soup.train.tracking import open_trackers
+from soup.train.trainer import cut_metrics
+
+
+def train(run: Run, display: Display, stopper: Stopper) -> str:
+    """Trains the run to its end or to where it is asked to stop, and returns its status.
+
+    Raises:
+        Refused: what the folder says cannot be built, or a setting did not take effect.
+    """
+    config = check(run.tree())
+    say: Callable[[str], None] = lambda text: display.console.print(text, highlight=False)  # noqa: E731
+    built = prepare_run(run, config)
+    _proved(built, run)
+    say(f"precision: {built.precision.reason}")
+    checkpoint = run.last_checkpoint()
+    cut_metrics(run.metrics, checkpoint)
+    if checkpoint is not None:
+        say(f"resuming from {checkpoint.name}")
+    trackers = open_trackers(config, run, say)
+    trainer = built.trainer
+    trainer.metrics_file = run.metrics
+    trainer.add_callback(Loop(trainer, stopper, checkpoint))
+    trainer.add_callback(Recorder(run, display, trackers))
+    status = "failed"
+    try:
+        if stopper.asked is None:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        status, details = _outcome(trainer, stopper, run)
+        if status == "finished":
+            save_model(run, built, details)
+        run.finish(status, **details)
+    finally:
+        display.stop()
+        for tracker in trackers:
+            tracker.finish(status)
+    return status
+
+
+def prepare_run(run: Run, config: Config) -> Built:
+    """Builds what the run folder asks for; its inputs must be those that it was planned with."""
+    model_folder = source.folder(config.model)
+    planned = read_json(run.folder / "inputs.json")
+    found = content(config, model_folder)
+    changed = [key for key in found if planned[key] != found[key]]
+    if changed:
+        raise Refused(
+            Problem(
+                key=f"{changed[0]}",
+                why=f"the {' and the '.join(changed)} changed after this run was planned",
+                fix="give the command again: changed inputs are a new run",
+            )
+        )
+    return build(
+        config, device=resolve(config.launch.device), model_folder=model_folder, output=run.checkpoints
+    )
+
+
+def _proved(built: Built, run: Run) -> None:
+    """Writes effective.json; refuses a run in which a setting did not take effect."""
+    proved = effects.prove(built)
+    write_json(run.effective, effects.to_json(proved))
+    wrong = [one for one in proved if not one.ok]
+    if wrong:
+        raise Refused(
+            Problem(
+                key=one.key,
+                value=one.requested,
+                why=f"did not take effect: {one.effective} is in force ({one.how})",
+                fix="report this: soup or a library under it dropped the setting",
+            )
+            for one in wrong
+        )
+
+
+def _outcome(trainer: Any, stopper: Stopper, run: Run) -> tuple[str, dict[str, Any]]:
+    """Status, and the last value of each logged metric."""
+    state = trainer.state
+    last: dict[str, Any] = {}
+    for line in run.lines():
+        last |= line
+    details: dict[str, Any] = {
+        **last,
+        "step": state.global_step,
+        "steps": state.max_steps,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    if stopper.asked is not None and (state.global_step < state.max_steps or state.max_steps == 0):
+        return "interrupted", {"error": f"stopped by {stopper.asked}", **details}
+    if not math.isfinite(last.get("loss", 0.0)):
+        return "diverged", {"error": f"the loss is {last['loss']} at step {last['step']}", **details}
+    return "finished", details
+
+
+def prove(run: Run) -> list[effects.Effect]:
+    """Builds the run and proves its settings, without a step."""
+    return effects.prove(prepare_run(run, check(run.tree())))

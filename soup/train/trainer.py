@@ -1,0 +1,102 @@
+"""What TRL's trainers lack to be resumable to the bit: whole-or-absent checkpoints, and the state between logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from soup.record import write_json
+
+KEPT = 2  # checkpoints; one more than the newest, should that be unreadable
+STATE = "soup_state.json"
+PARTIAL = ".partial"
+
+
+class Resumable:
+    """Mixed in before a `transformers.Trainer`. `metrics_file` is set by whoever builds the trainer."""
+
+    metrics_file: Path
+    _partial: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._partial) if self._partial is not None else super()._get_output_dir(trial)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL writes one at each checkpoint; soup writes its own, once, with the configuration."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes under a hidden name, flushes, renames: a checkpoint is complete or invisible."""
+        folder = Path(self.args.output_dir)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._partial = folder / PARTIAL
+        shutil.rmtree(self._partial, ignore_errors=True)
+        try:
+            super()._save_checkpoint(model, trial)
+            whole = self._partial / name
+            write_json(whole / STATE, self._between_logs())
+            _flush(whole)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.replace(whole, folder / name)
+            _flush_folder(folder)
+        finally:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial = None
+        steps = sorted(
+            folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2])
+        )
+        for old in steps[:-KEPT]:
+            hidden = old.with_name(f".{old.name}")
+            os.replace(old, hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
+
+    def _between_logs(self) -> dict[str, Any]:
+        """What transformers and TRL sum up between two logs, and where metrics.jsonl stands."""
+        return {
+            "loss_sum": self._tr_loss.item(),
+            "loss_total": self._total_loss_scalar,
+            "last_logged_step": self._globalstep_last_logged,
+            "metrics": {mode: dict(values) for mode, values in getattr(self, "_metrics", {}).items()},
+            "train_tokens": getattr(self, "_total_train_tokens", None),
+            "metrics_bytes": self.metrics_file.stat().st_size if self.metrics_file.exists() else 0,
+        }
+
+    def restore_between_logs(self, checkpoint: Path) -> None:
+        """The inverse, called once training has begun (transformers resets these just before)."""
+        state = json.loads((checkpoint / STATE).read_text())
+        self._tr_loss = torch.tensor(state["loss_sum"], device=self.args.device)
+        self._total_loss_scalar = state["loss_total"]
+        self._globalstep_last_logged = state["last_logged_step"]
+        for mode, values in state["metrics"].items():
+            self._metrics[mode] = defaultdict(list, values)
+        if state["train_tokens"] is not None:
+            self._total_train_tokens = state["train_tokens"]
+
+
+def cut_metrics(metrics: Path, checkpoint: Path | None) -> None:
+    """Takes away the lines of metrics.jsonl that were written after the checkpoint (all of them without one)."""
+    if metrics.exists():
+        size = 0 if checkpoint is None else json.loads((checkpoint / STATE).read_text())["metrics_bytes"]
+        os.truncate(metrics, size)
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
