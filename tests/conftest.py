@@ -1,5 +1,214 @@
-"""No test reaches a hub."""
+"""What every test may use: a real model too small to wait for, configurations as Hydra composes them, and runs.
 
+No test reaches a hub, and none touches the user's cache.
+"""
+
+from __future__ import annotations
+
+import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SENTENCES = (
+    "The lamp is lit and the keeper writes his log.",
+    "How do I boil an egg so that the yolk stays soft?",
+    "Count six and a half minutes, then cold water, quick.",
+    "def add(a, b):\n    return a + b\n",
+    "Grüße aus Köln: 東京の天気は晴れです 🙂",
+)
+VOCABULARY = 600
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory) -> Path:
+    """SOUP_CACHE of this process and of those it starts."""
+    folder = tmp_path_factory.mktemp("soup-cache")
+    before = os.environ.get("SOUP_CACHE")
+    os.environ["SOUP_CACHE"] = str(folder)
+    yield folder
+    del os.environ["SOUP_CACHE"]
+    if before is not None:
+        os.environ["SOUP_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A small real tokenizer with a ChatML template, in a folder that transformers' AutoTokenizer loads too."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    # As GPT-2's: offsets without the spaces around tokens, which soup has to undo.
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*SENTENCES, "        " * 8] * 4, trainer)
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": {"__type": "AddedToken", "content": "<|im_end|>", "special": True, "normalized": False},
+        "pad_token": "<|endoftext|>",
+        "chat_template": TEMPLATE,
+        "model_max_length": 2048,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(model_folder, tmp_path_factory) -> Path:
+    """That tokenizer and a random Llama of 2 layers and 0.1 million parameters: loads and trains in no time."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=512,
+                tie_word_embeddings=True,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
+            )
+        )
+    folder = tmp_path_factory.mktemp("tiny") / "llama"
+    shutil.copytree(model_folder, folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def compose() -> Callable[..., dict[str, Any]]:
+    """`compose("lora=dora", "optim.lr=1e-3")`: the resolved tree, as `python -m soup` composes it."""
+
+    def composed(*overrides: str) -> dict[str, Any]:
+        from soup.cli.compose import drive
+        from soup.cli.main import parse
+
+        return drive(parse(list(overrides)), lambda points: points[0].tree)
+
+    return composed
+
+
+@pytest.fixture(scope="session")
+def tree(compose, tiny_model) -> Callable[..., dict[str, Any]]:
+    """The same for the tiny model, short rows and few steps: 0.1 s each on one core."""
+
+    def composed(*overrides: str) -> dict[str, Any]:
+        return compose(
+            "model=hub",
+            f"model.base={tiny_model}",
+            "data.max_length=128",
+            "data.num_proc=1",
+            "training.batch_size=4",
+            "training.max_steps=4",
+            "launch.device=cpu",
+            *overrides,
+        )
+
+    return composed
+
+
+@pytest.fixture
+def place(tmp_path) -> Callable[..., Any]:
+    """`place(tree, "a")`: the run folder below tmp_path/a with all that the training process reads."""
+
+    def placed(tree: dict[str, Any], root: str = "runs") -> Any:
+        from soup import inputs, record, schema
+        from soup.model import source
+
+        config = schema.check(tree)
+        content = inputs.content(config, source.folder(config.model))
+        run = record.place(tmp_path / root, record.run_id(tree, content), tree, resume="auto")
+        record.write_json(run.folder / "inputs.json", content)
+        if not run.environment.exists():
+            record.write_json(run.environment, record.environment() | {"threads": 1})
+        return run
+
+    return placed
+
+
+@pytest.fixture
+def start() -> Callable[..., subprocess.Popen[str]]:
+    """Starts the training process of a run, one thread; whatever still runs at the end of the test is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(
+        run: Any, *words: str, python: tuple[str, ...] = ("-m", "soup.train"), **environment: str
+    ) -> Any:
+        process = subprocess.Popen(
+            [sys.executable, *python, *words, str(run.folder)],
+            env=os.environ | ONE_THREAD | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def train(start) -> Callable[..., tuple[int, str]]:
+    """Trains a run to its end: exit status, and what the terminal showed."""
+
+    def to_its_end(run: Any, *words: str, **options: Any) -> tuple[int, str]:
+        process = start(run, *words, **options)
+        shown, _ = process.communicate(timeout=300)
+        return process.returncode, shown
+
+    return to_its_end
+
+
+@pytest.fixture
+def until() -> Callable[..., None]:
+    """`until(process, condition)` waits for the condition while the process lives, and fails if it ends before."""
+
+    def wait(process: subprocess.Popen[str], condition: Callable[[], Any], timeout_s: float = 120) -> None:
+        end = time.monotonic() + timeout_s
+        while not condition():
+            if process.poll() is not None:
+                pytest.fail(f"the process ended with {process.returncode} before: {process.stdout.read()}")
+            if time.monotonic() > end:
+                process.send_signal(signal.SIGKILL)
+                pytest.fail(f"nothing happened in {timeout_s} s")
+            time.sleep(0.002)
+
+    return wait

@@ -33,9 +33,7 @@ def run(points: Sequence[Point], args: Namespace) -> int:  # noqa: ARG001
         if status == INTERRUPTED:
             break
     if len(placed) > 1:
-        from soup.cli.runs import table
-
-        console.print(table([where for _, where in placed]))
+        _results(placed, console)
     return status
 
 
@@ -89,6 +87,23 @@ def _one(where: Run, one: Checked, console: Any) -> int:
         console.print(f"the training process died of signal {-status}; the same command continues the run")
         return FAILED
     return status
+
+
+def _results(placed: Sequence[tuple[Checked, Run]], console: Any) -> None:
+    """The points of a sweep by their objective, smallest first; those without one last."""
+    from soup.cli.runs import table
+
+    objective = placed[0][0].config.run.objective
+
+    def rank(item: tuple[Checked, Run]) -> float:
+        value = (item[1].result() or {}).get(objective)
+        return value if isinstance(value, int | float) else float("inf")
+
+    console.print(f"\nby {objective}, smallest first:")
+    ordered = sorted(placed, key=rank)
+    console.print(
+        table([where for _, where in ordered], [" ".join(one.point.overrides) for one, _ in ordered])
+    )
 
 
 def _summary(where: Run) -> str:

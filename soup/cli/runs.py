@@ -12,12 +12,11 @@ from soup.errors import Problem, Refused
 from soup.record import Run, find, read_json
 
 METRICS = ("step", "loss", "eval_loss", "tokens", "tokens_per_s", "peak_memory_bytes")
-ROOT = "outputs"
 
 
 def runs(words: list[str], args: Namespace) -> int:
     """Dispatches on the first word; without one, lists all runs."""
-    root = Path(args.run_root or ROOT)
+    root = Path(args.run_root)
     verbs = {"show": show, "compare": compare, "resume": resume, "export": export}
     if not words:
         return list_runs(root)
@@ -39,19 +38,31 @@ def list_runs(root: Path) -> int:
     return 0
 
 
-def table(found: Sequence[Run]) -> Any:
-    """A rich table: id, name, state, step, losses, and the last error line of what failed."""
+def table(found: Sequence[Run], points: Sequence[str] | None = None) -> Any:
+    """A rich table: id, name, state, step, losses, and the first error line of what did not finish.
+
+    `points`: overrides to show instead of names, one for each run.
+    """
     from rich.table import Table
 
     shown = Table(box=None, pad_edge=False)
-    for name in ("id", "name", "task", "state", "step", "loss", "eval_loss", ""):
+    for name in (
+        "id",
+        "name" if points is None else "point",
+        "task",
+        "state",
+        "step",
+        "loss",
+        "eval_loss",
+        "",
+    ):
         shown.add_column(name, overflow="fold")
-    for run in found:
+    for number, run in enumerate(found):
         tree, last, state = run.tree(), _last(run), run.state()
         error = str((run.result() or {}).get("error", "")).splitlines()[:1] if state != "finished" else []
         shown.add_row(
             run.id,
-            tree["run"]["name"] or "",
+            (tree["run"]["name"] or "") if points is None else points[number],
             tree["task"]["name"],
             state,
             *(_number(last.get(key)) for key in ("step", "loss", "eval_loss")),

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from soup.errors import Refused
 from soup.schema import GROUPS
 
 COMMON = ("loop:features_off", "loop:processes")
@@ -21,6 +22,10 @@ ELSEWHERE = {
     "launch.": "read by the launcher",
     "tracking.": "read by the tracker",
 }
+
+
+class NotInForce(Refused):
+    """Settings that were accepted and built, and did not take effect."""
 
 
 @dataclass(frozen=True)

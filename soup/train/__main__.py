@@ -7,58 +7,112 @@ Everything that libraries print goes to log.txt; the terminal gets what soup say
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from soup.errors import Refused
+from soup.errors import RecordError, Refused
 from soup.record import Run, write_json
+from soup.train.stopper import INTERRUPTED, Stopper
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
-EXIT = {"finished": 0, "interrupted": 130}
+EXIT = {"finished": 0, "interrupted": INTERRUPTED}
+
+
+class Terminal(io.TextIOWrapper):
+    """A terminal or pipe that may go away before the run does: what is printed then is lost, the run is not."""
+
+    def __init__(self, descriptor: int):
+        super().__init__(open(descriptor, "wb", buffering=0), encoding="utf-8", write_through=True)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
 
 
 def main(words: list[str]) -> int:
     """Trains or proves one run folder; returns the exit status."""
     prove_only = words[0] == "--prove"
     run = Run(Path(words[-1]))
+    stopper = Stopper()
+    stopper.install()
     _die_with_parent()
     console_fd = _library_output_to(run.folder / "log.txt")
 
     from filelock import FileLock
     from rich.console import Console
 
-    from soup.train.callbacks import Stopper
+    lock = FileLock(run.lock_file)
+    with Terminal(console_fd) as stream:
+        if not _acquire(lock, stopper):
+            return INTERRUPTED
+        console = Console(file=stream)
+        try:
+            if (run.result() or {}).get("status") == "finished":
+                return 0  # another process finished it while this one waited for the lock
+            return _prove(run) if prove_only else _train(run, console, stopper)
+        except Refused as refused:
+            return _failed(run, console, str(refused), status=2 if not _built(refused) else 1)
+        except RecordError as error:
+            return _failed(run, console, str(error), traceback=traceback.format_exc())
+        except Exception as error:  # noqa: BLE001
+            return _failed(run, console, f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+        finally:
+            lock.release()
+
+
+def _train(run: Run, console: Any, stopper: Stopper) -> int:
+    from soup.train import job
     from soup.train.progress import Display
 
-    with open(console_fd, "w", encoding="utf-8") as stream, FileLock(run.lock_file):
-        console = Console(file=stream)
-        if (run.result() or {}).get("status") == "finished":
-            return 0  # another process finished it while this one waited for the lock
-        stopper = Stopper()
-        stopper.install()
-        try:
-            from soup.train import job
+    run.result_file.unlink(missing_ok=True)
+    return EXIT.get(job.train(run, Display(console), stopper), 1)
 
-            if prove_only:
-                write_json(run.effective, job.effects.to_json(job.prove(run)))
-                return 0
-            run.result_file.unlink(missing_ok=True)
-            status = job.train(run, Display(console), stopper)
-        except Refused as refused:
-            run.finish("failed", error=str(refused))
-            console.print(str(refused), highlight=False, markup=False)
-            return 2 if not run.effective.exists() else 1
-        except Exception as error:  # noqa: BLE001
-            text = traceback.format_exc()
-            print(text, file=sys.stderr)
-            run.finish("failed", error=f"{type(error).__name__}: {error}", traceback=text)
-            console.print(f"failed: {type(error).__name__}: {error}", highlight=False, markup=False)
-            console.print(f"the traceback is in {run.folder / 'log.txt'}", highlight=False, markup=False)
-            return 1
-    return EXIT.get(status, 1)
+
+def _prove(run: Run) -> int:
+    from soup.train import job
+
+    write_json(run.effective, job.effects.to_json(job.prove(run)))
+    return 0
+
+
+def _built(refused: Refused) -> bool:
+    from soup.effects import NotInForce
+
+    return isinstance(refused, NotInForce)
+
+
+def _failed(run: Run, console: Any, error: str, *, status: int = 1, **details: str) -> int:
+    """Records a failure and says it in short; on a full disk even that may be all there is left to do."""
+    with suppress(OSError):
+        print(details.get("traceback", error), file=sys.stderr, flush=True)
+    try:
+        run.finish("failed", error=error, **details)
+    except RecordError as unwritten:
+        error += f"\n{unwritten}"
+    if not details:
+        console.print(error, highlight=False, markup=False)
+    else:
+        console.print(f"failed: {error}", highlight=False, markup=False)
+        console.print(f"the traceback is in {run.folder / 'log.txt'}", highlight=False, markup=False)
+    return status
+
+
+def _acquire(lock: Any, stopper: Stopper) -> bool:
+    """Waits for the run's lock; false where the wait was asked to stop."""
+    from filelock import Timeout
+
+    while stopper.asked is None:
+        with suppress(Timeout):
+            lock.acquire(timeout=1)
+            return True
+    return False
 
 
 def _die_with_parent() -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
@@ -15,27 +13,8 @@ from transformers import TrainerCallback
 from soup.record import Run
 from soup.train.memory import peak_memory_bytes
 from soup.train.progress import Display
+from soup.train.stopper import Stopper
 from soup.train.tracking import Tracker
-
-INTERRUPTED = 130  # exit status
-
-
-class Stopper:
-    """Turns the first SIGINT or SIGTERM into a wish to stop at the next step; a second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.asked: str | None = None
-
-    def install(self) -> None:
-        for one in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(one, self._ask)
-
-    def _ask(self, number: int, _frame: FrameType | None) -> None:
-        if self.asked is not None and number == signal.SIGINT:
-            import os
-
-            os._exit(INTERRUPTED)
-        self.asked = signal.Signals(number).name
 
 
 class Loop(TrainerCallback):

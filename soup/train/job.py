@@ -14,10 +14,11 @@ from soup.model import source
 from soup.record import Run, read_json, write_json
 from soup.schema import Config, check
 from soup.train.build import Built, build
-from soup.train.callbacks import Loop, Recorder, Stopper
+from soup.train.callbacks import Loop, Recorder
 from soup.train.finish import save_model
 from soup.train.memory import peak_memory_bytes
 from soup.train.progress import Display
+from soup.train.stopper import Stopper
 from soup.train.tracking import open_trackers
 from soup.train.trainer import cut_metrics
 
@@ -26,7 +27,8 @@ def train(run: Run, display: Display, stopper: Stopper) -> str:
     """Trains the run to its end or to where it is asked to stop, and returns its status.
 
     Raises:
-        Refused: what the folder says cannot be built, or a setting did not take effect.
+        Refused: what the folder says cannot be built.
+        NotInForce: a setting did not take effect.
     """
     config = check(run.tree())
     say: Callable[[str], None] = lambda text: display.console.print(text, highlight=False)  # noqa: E731
@@ -82,7 +84,7 @@ def _proved(built: Built, run: Run) -> None:
     write_json(run.effective, effects.to_json(proved))
     wrong = [one for one in proved if not one.ok]
     if wrong:
-        raise Refused(
+        raise effects.NotInForce(
             Problem(
                 key=one.key,
                 value=one.requested,
@@ -101,7 +103,7 @@ def _outcome(trainer: Any, stopper: Stopper, run: Run) -> tuple[str, dict[str, A
         last |= line
     details: dict[str, Any] = {
         **last,
-        "step": state.global_step,
+        "step": state.global_step or last.get("step", 0),  # 0 where it was stopped before its first step
         "steps": state.max_steps,
         "peak_memory_bytes": peak_memory_bytes(),
     }

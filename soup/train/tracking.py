@@ -62,9 +62,13 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         last = run.last_checkpoint()
-        step = int(last.name.rpartition("-")[2]) + 1 if last else None
+        # The steps after the checkpoint come once more; so do all of them where a crash left none.
+        step = int(last.name.rpartition("-")[2]) + 1 if last else 0
         self._writer = SummaryWriter(str(run.folder / spec.settings["folder"]), purge_step=step)
-        self._writer.add_text("config", "    " + json.dumps(config.tree, indent=2).replace("\n", "\n    "))
+        if last is None:
+            self._writer.add_text(
+                "config", "    " + json.dumps(config.tree, indent=2).replace("\n", "\n    ")
+            )
         say(f"tensorboard: tensorboard --logdir {run.folder / spec.settings['folder']}")
 
     def log(self, line: Mapping[str, Any]) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from soup.errors import RecordError
 from soup.record import write_json
 
 KEPT = 2  # checkpoints; one more than the newest, should that be unreadable
@@ -37,14 +39,20 @@ class Resumable:
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._partial = folder / PARTIAL
         shutil.rmtree(self._partial, ignore_errors=True)
+        whole = self._partial / name
         try:
             super()._save_checkpoint(model, trial)
-            whole = self._partial / name
             write_json(whole / STATE, self._between_logs())
             _flush(whole)
+            if self.metrics_file.exists():
+                _flush_file(self.metrics_file)  # a resume cuts it to the length that is written here
             shutil.rmtree(folder / name, ignore_errors=True)
             os.replace(whole, folder / name)
             _flush_folder(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch says RuntimeError of a full disk
+            free = shutil.disk_usage(folder).free // 2**20
+            reason = str(error).strip().splitlines()[0]
+            raise RecordError(f"{folder / name} cannot be written ({free} MiB are free): {reason}") from error
         finally:
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial = None
@@ -89,9 +97,13 @@ def cut_metrics(metrics: Path, checkpoint: Path | None) -> None:
 def _flush(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            _flush_file(path)
     _flush_folder(folder)
+
+
+def _flush_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _flush_folder(folder: Path) -> None:

@@ -1,109 +1,10 @@
-"""What cannot work together, as data: one table that refuses, documents, prunes sweeps and answers `soup why`.
-
-A rule holds when every condition of `when` does. Keys are those of the configuration, a bare group name stands
-for the chosen function (`lora: none`), and three facts complete them: `device` (cpu or cuda, what the run will
-train on), `model.moe` and `model.kv_heads` (from the model's config.json; a fact that is unknown matches nothing).
-"""
+"""Every rule. A key is a configuration key; a bare group name stands for the chosen function (`lora: none`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from soup.errors import Problem
-from soup.schema import Config
-
-
-@dataclass(frozen=True)
-class Not:
-    """Any known value but these."""
-
-    values: tuple[Any, ...]
-
-    def __init__(self, *values: Any):
-        object.__setattr__(self, "values", values)
-
-    def __call__(self, value: Any) -> bool:
-        return value not in self.values
-
-    def __str__(self) -> str:
-        return " not " + " or ".join(_word(value) for value in self.values)
-
-
-@dataclass(frozen=True)
-class OneOf:
-    """One of these values."""
-
-    values: tuple[Any, ...]
-
-    def __init__(self, *values: Any):
-        object.__setattr__(self, "values", values)
-
-    def __call__(self, value: Any) -> bool:
-        return value in self.values
-
-    def __str__(self) -> str:
-        return "=" + "|".join(_word(value) for value in self.values)
-
-
-@dataclass(frozen=True)
-class Above:
-    """A number greater than this."""
-
-    bound: float
-
-    def __call__(self, value: Any) -> bool:
-        return isinstance(value, int | float) and value > self.bound
-
-    def __str__(self) -> str:
-        return f" above {self.bound:g}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """`key` is the one to blame, `pending` marks a choice that composes and plans and is not built yet."""
-
-    key: str
-    when: Mapping[str, Any]
-    why: str
-    fix: str
-    source: str | None = None
-    pending: bool = field(default=False)
-
-    def holds(self, facts: Mapping[str, Any]) -> bool:
-        for key, condition in self.when.items():
-            if key not in facts:
-                return False
-            value = facts[key]
-            if not (condition(value) if callable(condition) else value == condition):
-                return False
-        return True
-
-    def condition(self) -> str:
-        """The condition as people read it: `optim=galore and lora not none`."""
-        return " and ".join(
-            f"{key}{condition if callable(condition) else '=' + _word(condition)}"
-            for key, condition in self.when.items()
-        )
-
-    def problem(self, facts: Mapping[str, Any]) -> Problem:
-        value = facts.get(self.key)
-        return Problem(
-            key=self.key,
-            value=_word(value) if isinstance(value, bool) else value,
-            why=self.why,
-            fix=self.fix,
-            source=self.source,
-        )
-
-
-def _word(value: Any) -> str:
-    """A value as it is written on the command line."""
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
+from soup.rules.rule import Above, Not, OneOf, Rule, word
 
 FSDP = OneOf("fsdp_full_shard", "fsdp_shard_grad", "fsdp_full_offload")
 SHARDED = OneOf("zero2", "zero3", "zero2_offload", "fsdp_full_shard", "fsdp_shard_grad", "fsdp_full_offload")
@@ -126,8 +27,8 @@ def _idle(switch: str, off: Any, key: str, default: Any) -> Rule:
     return Rule(
         key=key,
         when={switch: off, key: Not(default)},
-        why=f"nothing reads it while {switch}={_word(off)}",
-        fix=f"{switch}=true, or {key}={_word(default)}",
+        why=f"nothing reads it while {switch}={word(off)}",
+        fix=f"{switch}=true, or {key}={word(default)}",
     )
 
 
@@ -411,49 +312,3 @@ RULES: tuple[Rule, ...] = (
     _pending("launch", "slurm"),
     _pending("launch.wait", False),
 )
-
-
-def facts(config: Config, *, device: str, model_config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What rules look at: every leaf of the configuration by its full key, and the facts beside it."""
-    found: dict[str, Any] = {"device": device}
-    for group, node in config.tree.items():
-        for key, value in _leaves(group, node):
-            found[key] = value
-        if isinstance(node, Mapping) and "name" in node and group != "run":
-            found[group] = node["name"]
-    for tracker in config.tracking:
-        found[f"tracking.{tracker.name}"] = tracker.name
-    if model_config is not None:
-        found["model.moe"] = is_moe(model_config)
-    return found
-
-
-def is_moe(model_config: Mapping[str, Any]) -> bool:
-    """Whether a model's config.json describes a mixture of experts."""
-    return any(
-        (model_config.get(key) or 0) > 1 for key in ("num_local_experts", "num_experts", "n_routed_experts")
-    )
-
-
-def broken(found: Mapping[str, Any]) -> list[Problem]:
-    """Problems of the rules that hold, those of unbuilt choices apart."""
-    return [rule.problem(found) for rule in RULES if not rule.pending and rule.holds(found)]
-
-
-def pending(found: Mapping[str, Any]) -> list[Problem]:
-    """Problems of choices that plan and cannot train yet."""
-    return [rule.problem(found) for rule in RULES if rule.pending and rule.holds(found)]
-
-
-def about(found: Mapping[str, Any], keys: Iterable[str]) -> list[tuple[Rule, bool]]:
-    """Rules that speak about any of `keys` as they are set, each with whether it holds."""
-    named = set(keys)
-    return [(rule, rule.holds(found)) for rule in RULES if named & set(rule.when)]
-
-
-def _leaves(prefix: str, node: Any) -> Iterable[tuple[str, Any]]:
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from _leaves(f"{prefix}.{key}", value)
-    else:
-        yield prefix, node

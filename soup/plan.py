@@ -1,0 +1,316 @@
+"""What a run will cost, from the configuration, the model's config.json and length statistics: no weight is loaded.
+
+Activation memory follows what autograd keeps of a decoder layer (Korthikanti et al. 2022, arXiv:2205.05198, with
+SwiGLU, RMSNorm and memory-linear attention). bench/plan_accuracy.py compares predicted and measured peaks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from soup.device import Device
+from soup.rules import is_moe
+from soup.schema import Config
+
+RUNTIME_BYTES = {"cpu": 750e6, "cuda": 1.5e9}  # the process with its libraries (measured); CUDA's context
+ALLOCATOR = 1.1  # freed blocks that malloc keeps: measured activations over the tensors counted below
+LOGIT_CHUNK = (
+    256  # learnt tokens that TRL turns into logits at once (sft_trainer._CHUNKED_LM_HEAD_CHUNK_SIZE)
+)
+LOGIT_COPIES = 6  # logits, log-softmax, their exponent and product, and two gradients, in float32
+NF4_BYTES = 0.516  # a weight and its share of doubly quantized scales (arXiv:2305.14314, section 3)
+CHECKPOINTS_KEPT = 2
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Statistics of the training rows, in tokens after truncation. `sampled`: estimated from the first rows."""
+
+    rows: int
+    mean: float
+    p50: int
+    p95: int
+    max: int
+    tokens: int
+    learnt: int
+    sampled: bool
+    eval_rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Predictions for one device. `memory` adds up to `peak_memory_bytes`; `notes` gives each number's reason."""
+
+    parameters: int
+    trainable: int
+    dtype: str
+    rows_per_step: int
+    tokens_per_step: int
+    steps: int
+    tokens: int
+    memory: dict[str, int]
+    peak_memory_bytes: int
+    host_memory_bytes: int
+    disk_bytes: int
+    sampled: bool
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A decoder's linear layers as (name, inputs, outputs, copies) of one layer, and what lies outside them."""
+
+    layers: int
+    hidden: int
+    heads: int  # width of all query heads
+    kv: int  # width of all key heads
+    ff: int
+    vocab: int
+    linears: tuple[tuple[str, int, int, int], ...]
+    experts: int
+    per_layer_other: int
+    outside: int
+    known: bool
+
+    @property
+    def linear(self) -> int:
+        return self.layers * sum(i * o * copies for _, i, o, copies in self.linears)
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.layers * self.per_layer_other + self.outside
+
+
+KNOWN = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "smollm3")
+
+
+def shape(model: Mapping[str, Any]) -> Shape:
+    """Reads a config.json; exact for the architectures in KNOWN, an estimate of a dense Llama for others."""
+    model = model.get("text_config") or model
+    kind = model.get("model_type", "")
+    hidden = int(model.get("hidden_size") or model.get("n_embd") or 1024)
+    layers = int(model.get("num_hidden_layers") or model.get("n_layer") or 1)
+    heads = int(model.get("num_attention_heads") or model.get("n_head") or 1)
+    width = int(model.get("head_dim") or hidden // heads)
+    kv = int(model.get("num_key_value_heads") or heads) * width
+    query = heads * width
+    vocab = int(model.get("vocab_size") or 32000)
+    ff = int(model.get("intermediate_size") or 4 * hidden)
+    experts = 1
+    if is_moe(model):
+        experts = int(model.get("num_local_experts") or model.get("num_experts") or model["n_routed_experts"])
+        ff = int(model.get("moe_intermediate_size") or ff)
+    linears: list[tuple[str, int, int, int]] = [
+        ("q_proj", hidden, query, 1),
+        ("k_proj", hidden, kv, 1),
+        ("v_proj", hidden, kv, 1),
+        ("o_proj", query, hidden, 1),
+        ("gate_proj", hidden, ff, experts),
+        ("up_proj", hidden, ff, experts),
+        ("down_proj", ff, hidden, experts),
+    ]
+    other = 2 * hidden  # norms
+    if kind == "qwen2":
+        other += query + 2 * kv  # biases of q, k and v
+    if kind.startswith("qwen3"):
+        other += 2 * width  # norms of q and k
+    if model.get("attention_bias") and kind in ("llama", "mistral", "qwen3", "qwen3_moe"):
+        other += query + 2 * kv + hidden
+    if model.get("mlp_bias"):
+        other += 2 * ff + hidden
+    if experts > 1:
+        other += hidden * experts  # the router
+    tied = bool(model.get("tie_word_embeddings", kind in ("gemma", "gemma2", "gemma3_text")))
+    return Shape(
+        layers=layers,
+        hidden=hidden,
+        heads=query,
+        kv=kv,
+        ff=ff,
+        vocab=vocab,
+        linears=tuple(linears),
+        experts=experts,
+        per_layer_other=other,
+        outside=vocab * hidden * (1 if tied else 2) + hidden,
+        known=kind in KNOWN,
+    )
+
+
+def adapter_parameters(config: Config, decoder: Shape) -> int:
+    """Parameters of the adapters: A and B of each adapted layer, and DoRA's magnitudes.
+
+    Fused experts (one parameter in transformers 5) are not linear layers, so `all-linear` passes them by.
+    """
+    spec = config.lora
+    if spec.r is None:
+        return 0
+    wanted = spec.target_modules
+    total = 0
+    for name, inputs, outputs, _ in decoder.linears:
+        if wanted == "all-linear":
+            adapted = decoder.experts == 1 or name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))
+        else:
+            adapted = name in ((wanted,) if isinstance(wanted, str) else wanted)
+        if adapted:
+            total += spec.r * (inputs + outputs) + (outputs if spec.use_dora else 0)
+    return total * decoder.layers
+
+
+def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: Lengths) -> Plan:
+    """Predicts size, steps, peak memory of one device, and disk."""
+    decoder = shape(model)
+    training, task, spread, lora = config.training, config.task, config.distributed, config.lora
+    notes: dict[str, str] = {}
+    adapters = adapter_parameters(config, decoder)
+    trainable = adapters if lora.r is not None else decoder.total
+    kind = model.get("model_type")
+    notes["parameters"] = (
+        f"from config.json ({kind})" if decoder.known else f"an estimate: {kind} is counted as a dense Llama"
+    )
+    notes["trainable"] = (
+        "all weights"
+        if lora.r is None
+        else f"adapters of rank {lora.r} on {config.tree['lora']['target_modules']}"
+    )
+
+    dtype, notes["dtype"] = _dtype(config, device)
+    replicas = max(1, spread.world // (config.longctx.ring_size if config.longctx.use_ring_attention else 1))
+    rows_per_step = training.batch_size * training.gradient_accumulation_steps * replicas
+    notes["rows_per_step"] = (
+        f"{training.batch_size} per device x {training.gradient_accumulation_steps} accumulation"
+        f" x {replicas} replicas"
+    )
+    micro = math.ceil(lengths.rows / (training.batch_size * replicas))
+    per_epoch = max(1, math.ceil(micro / training.gradient_accumulation_steps))
+    steps = training.max_steps or math.ceil(training.epochs * per_epoch)
+    notes["steps"] = (
+        "training.max_steps"
+        if training.max_steps
+        else f"{training.epochs:g} epochs x {per_epoch} steps ({lengths.rows} rows / {rows_per_step} per step)"
+    )
+    tokens_per_step = round(lengths.mean * rows_per_step * task.forwards)
+    notes["tokens_per_step"] = f"{rows_per_step} rows x {lengths.mean:g} tokens on average x {task.forwards}"
+
+    parts, notes["memory"] = _memory(config, decoder, device, lengths, dtype, trainable, adapters)
+    host = 0.0
+    for name in spread.offloads:
+        host += parts[name] if device.kind == "cuda" else 0
+        if device.kind == "cuda":
+            parts[name] = 0
+    memory = {name: round(size) for name, size in parts.items()}
+    saved = (4 if lora.r is not None else BYTES[dtype]) * trainable
+    state = config.optim.state_bytes * trainable
+    disk = CHECKPOINTS_KEPT * (saved + state) + saved
+    notes["disk"] = f"{CHECKPOINTS_KEPT} checkpoints with optimizer state, and the final model"
+    return Plan(
+        parameters=decoder.total,
+        trainable=trainable,
+        dtype=dtype,
+        rows_per_step=rows_per_step,
+        tokens_per_step=tokens_per_step,
+        steps=steps,
+        tokens=tokens_per_step * steps,
+        memory=memory,
+        peak_memory_bytes=sum(memory.values()),
+        host_memory_bytes=round(host),
+        disk_bytes=round(disk),
+        sampled=lengths.sampled,
+        notes=notes,
+    )
+
+
+def _dtype(config: Config, device: Device) -> tuple[str, str]:
+    """The dtype that weights are held in, with its reason; the training process decides by the same rule."""
+    asked = config.model.dtype
+    if asked != "auto":
+        return asked, f"model.dtype={asked}"
+    if not device.bf16:
+        return "float32", device.reason
+    if config.lora.r is None:
+        return "float32", f"all weights train, with bfloat16 products: {device.reason}"
+    return "bfloat16", device.reason
+
+
+def _memory(
+    config: Config,
+    decoder: Shape,
+    device: Device,
+    lengths: Lengths,
+    dtype: str,
+    trainable: int,
+    adapters: int,
+) -> tuple[dict[str, float], str]:
+    """Bytes on one device at the peak, by what they are for."""
+    training, task, spread = config.training, config.task, config.distributed
+    size = BYTES[dtype]
+    products = (
+        2 if device.bf16 and dtype != "float32" or device.bf16 and config.model.dtype == "auto" else size
+    )
+    per_weight = {"none": size, "4bit": NF4_BYTES, "8bit": 1.01}
+    quantized = config.model.quantization if not config.model.quantization_aware else "none"
+    frozen = decoder.linear * per_weight[quantized] + (decoder.total - decoder.linear) * size
+    weights = frozen + 4 * adapters
+    if task.reference and config.lora.r is None and not task.precompute_ref:
+        weights += frozen  # a frozen copy
+    train_size = 4 if config.lora.r is not None else size
+
+    ring = config.longctx.ring_size if config.longctx.use_ring_attention else 1
+    length = min(config.data.max_length, lengths.max)
+    batch_tokens = training.batch_size * task.forwards * length / ring
+    one_layer = _layer_floats(decoder) * products
+    if training.gradient_checkpointing:
+        activations = batch_tokens * (decoder.layers * decoder.hidden * products + one_layer)
+        how = "each layer's input, and one layer recomputed"
+    else:
+        activations = batch_tokens * decoder.layers * one_layer
+        how = "what backward needs of every layer"
+    if task.config == "trl:SFTConfig":
+        logits = min(LOGIT_CHUNK, batch_tokens) * decoder.vocab * 4 * LOGIT_COPIES
+        how_logits = f"{LOGIT_CHUNK} learnt tokens at a time"
+    else:
+        logits = batch_tokens * decoder.vocab * 4 * 3
+        how_logits = "every token of the batch"
+    world = spread.world
+    parts = {
+        "weights": weights / (world if "weights" in spread.shards else 1),
+        "gradients": train_size * trainable / (world if "gradients" in spread.shards else 1),
+        "optimizer": _optimizer_bytes(config, decoder, trainable)
+        / (world if "optimizer" in spread.shards else 1),
+        "activations": ALLOCATOR * activations,
+        "logits": logits,
+        "runtime": RUNTIME_BYTES[device.kind],
+    }
+    note = f"batch of {training.batch_size} x {length} tokens; activations: {how}; logits: {how_logits}"
+    return parts, note
+
+
+def _layer_floats(decoder: Shape) -> float:
+    """Numbers that backward needs of one layer, for one token.
+
+    Two norms keep input, normalised and scaled values (6 d); q and k before and after the rotation, v, and k and v
+    repeated for grouped queries; the attention's output; gate, up, their activation and product (4 ff). An MoE
+    token passes few experts: one is counted.
+    """
+    attention = 2 * (decoder.heads + decoder.kv) + decoder.kv + decoder.heads
+    repeated = 2 * decoder.heads if decoder.kv < decoder.heads else 0
+    return 6 * decoder.hidden + attention + repeated + 4 * decoder.ff
+
+
+def _optimizer_bytes(config: Config, decoder: Shape, trainable: int) -> float:
+    """State of the optimizer; GaLore keeps its moments in the projection, and the projection itself."""
+    rank = config.optim.galore_rank
+    if rank is None:
+        return config.optim.state_bytes * trainable
+    state = 0.0
+    for _, inputs, outputs, copies in decoder.linears:
+        short, long = sorted((inputs, outputs))
+        r = min(rank, short)
+        state += copies * (config.optim.state_bytes * r * long + 4 * r * short)
+    return state * decoder.layers + config.optim.state_bytes * (trainable - decoder.linear)

@@ -1,0 +1,25 @@
+"""The wish to stop, as signals bring it. Installed before anything slow is imported, so that none goes astray."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+INTERRUPTED = 130  # exit status
+
+
+class Stopper:
+    """Turns the first SIGINT or SIGTERM into a wish to stop at the next step; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+
+    def install(self) -> None:
+        for one in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(one, self._ask)
+
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        if self.asked is not None and number == signal.SIGINT:
+            os._exit(INTERRUPTED)
+        self.asked = signal.Signals(number).name
