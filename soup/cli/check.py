@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from soup import inputs, rules
+from soup import cache, inputs, rules
 from soup.cli.compose import Point
 from soup.data.report import Report
 from soup.device import Device, resolve
@@ -74,13 +75,16 @@ def _checked(point: Point, *, train: bool) -> Checked:
         problems += _here(config, device)
     if problems:
         raise Refused(problems)
-    if train and (unbuilt := rules.pending(facts)):
+    if train and (unbuilt := rules.pending(facts)):  # before a model is looked for
         raise NotAvailableYet(unbuilt)
     merge_arguments(config)
     model_folder = source.folder(config.model)
     model_config = source.config(model_folder)
-    if problems := rules.broken(rules.facts(config, device=device.kind, model_config=model_config)):
+    facts = rules.facts(config, device=device.kind, model_config=model_config)
+    if problems := rules.broken(facts):
         raise Refused(problems)
+    if train and (unbuilt := rules.pending(facts)):
+        raise NotAvailableYet(unbuilt)
     reports = _reports(config, model_folder, train)
     return Checked(
         point=point,
@@ -119,12 +123,19 @@ def _here(config: Config, device: Device) -> list[Problem]:
 
 
 def _reports(config: Config, model_folder: Path, train: bool) -> dict[str, Report]:
+    """The data's reports; those that were only measured are kept in the cache, for the next plan."""
     from soup.data import prepare
 
     arguments = inputs.data_arguments(config, model_folder)
     if train:
         return {split: one.report for split, one in prepare.prepare(**arguments).items()}
-    return prepare.lengths(**arguments)
+    measured = cache.root() / "lengths" / prepare.fingerprint(**arguments)
+    with cache.entry(measured) as partial:
+        if partial is not None:
+            found = {split: one.to_dict() for split, one in prepare.lengths(**arguments).items()}
+            (partial / "report.json").write_text(json.dumps(found))
+    saved = json.loads((measured / "report.json").read_text())
+    return {split: Report.from_dict(one) for split, one in saved.items()}
 
 
 def _lengths(reports: Mapping[str, Report]) -> Lengths:

@@ -21,6 +21,7 @@ ELSEWHERE = {
     "run.": "read by soup: where the run lies and how it is shown",
     "launch.": "read by the launcher",
     "tracking.": "read by the tracker",
+    "data.num_proc": "read while tokenising",
 }
 
 
@@ -50,7 +51,8 @@ def prove(built: Any) -> list[Effect]:
         module, _, function = name.partition(":")
         probe = getattr(importlib.import_module(f"soup.effects.{module}"), function)
         for effect in probe(built):
-            found[effect.key] = effect
+            if effect.key not in found or found[effect.key].ok:  # what one probe found wrong stays wrong
+                found[effect.key] = effect
     leaves = dict(_leaves(built.config.tree))
     stray = set(found) - set(leaves)
     if stray:

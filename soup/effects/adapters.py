@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from soup.effects import Effect, same
+from soup.effects.optimizer import optimizer
 
 
 def adapter(built: Any) -> Iterator[Effect]:
@@ -30,11 +31,10 @@ def adapter(built: Any) -> Iterator[Effect]:
     yield same("lora.dropout", float(spec.dropout), drops[0] if len(drops) == 1 else drops, "dropout modules")
     magnitudes = sum(len(getattr(layer, "lora_magnitude_vector", ())) > 0 for layer in layers.values())
     how = f"{magnitudes} of {len(layers)} modules have a magnitude vector"
-    key = "lora.use_dora"
-    yield same(key, spec.use_dora, bool(layers) and magnitudes == len(layers), how)
-    yield Effect(
-        "lora.loraplus_lr_ratio", spec.loraplus_lr_ratio, None, spec.loraplus_lr_ratio is None, "one rate"
-    )
+    dora = magnitudes > 0 if magnitudes in (0, len(layers)) else "on some modules"
+    yield same("lora.use_dora", spec.use_dora, dora, how)
+    ratio, how = _rate_ratio(built)
+    yield same("lora.loraplus_lr_ratio", spec.loraplus_lr_ratio, ratio, how)
     head = built.model.get_output_embeddings()
     if spec.target_modules == "all-linear":
         linear = [
@@ -45,9 +45,9 @@ def adapter(built: Any) -> Iterator[Effect]:
             and not name.endswith(".base_layer")
             and m is not head
         ]
-        missing = sorted(set(linear) - set(layers))
-        effective: Any = "all-linear" if layers and not missing else f"all but {missing[:3]}"
-        ok = bool(layers) and not missing
+        missing, stray = sorted(set(linear) - set(layers)), sorted(set(layers) - set(linear))
+        ok = bool(layers) and not missing and not stray
+        effective: Any = "all-linear" if ok else f"all but {missing[:3]}, and {stray[:3]}"
     else:
         wanted = (spec.target_modules,) if isinstance(spec.target_modules, str) else spec.target_modules
         placed = {name.rpartition(".")[2] for name in layers} | set(layers)
@@ -71,15 +71,32 @@ def trainable(built: Any) -> Iterator[Effect]:
     if built.config.lora.r is None:
         ok = sum(trains.values()) == total
         if not ok:
-            raise_key = "training.freeze_layers"
-            yield Effect(raise_key, 0, f"{sum(trains.values()):,} of {total:,} train", False, "requires_grad")
+            how = f"{sum(trains.values()):,} of {total:,} parameters train"
+            yield Effect("training.freeze_layers", 0, "some weights are frozen", False, how)
         return
     foreign = [name for name in trains if "lora_" not in name]
-    if foreign or not trains:
-        how = f"{len(trains)} tensors train, {len(foreign)} of them outside the adapters: {foreign[:3]}"
-        yield Effect(
-            "lora.target_modules", built.config.tree["lora"]["target_modules"], foreign[:3], False, how
+    still = [name for name, p in built.model.named_parameters() if "lora_" in name and not p.requires_grad]
+    if foreign or still or not trains:
+        how = (
+            f"{len(trains)} tensors train; outside the adapters {foreign[:3]}, in them and frozen {still[:3]}"
         )
+        asked = built.config.tree["lora"]["target_modules"]
+        yield Effect("lora.target_modules", asked, foreign[:3] or still[:3], False, how)
+
+
+def _rate_ratio(built: Any) -> tuple[float | None, str]:
+    """The rate of B over that of A in the optimizer's groups, `None` where they are equal."""
+    rates: dict[str, set[float]] = {"lora_A": set(), "lora_B": set()}
+    names = {id(p): name for name, p in built.model.named_parameters()}
+    for group in optimizer(built).param_groups:
+        for parameter in group["params"]:
+            for kind, found in rates.items():
+                if kind in names.get(id(parameter), ""):
+                    found.add(group["initial_lr"])
+    how = f"rates of A {sorted(rates['lora_A'])} and of B {sorted(rates['lora_B'])} in the optimizer's groups"
+    if rates["lora_A"] == rates["lora_B"]:
+        return None, how
+    return max(rates["lora_B"], default=0.0) / max(rates["lora_A"], default=1.0), how
 
 
 def _kinds(layers: Any) -> str:

@@ -20,7 +20,7 @@ def rows(built: Any) -> Iterator[Effect]:
     def intact(dataset: Any, entry: Any) -> bool:
         with pa.memory_map(str(entry.open())) as file:
             table = pa.ipc.open_stream(file).read_all()
-        return dataset.data.table.equals(table) if len(dataset) == table.num_rows else False
+        return dataset._indices is None and dataset.data.table.equals(table)
 
     ok = intact(trainer.train_dataset, prepared)
     how = f"the trainer holds {len(trainer.train_dataset)} rows, {report.rows} were prepared"
@@ -46,7 +46,6 @@ def rows(built: Any) -> Iterator[Effect]:
         data["on_bad_row"] == "skip" or not report.bad_total,
         "counted while reading",
     )
-    yield Effect("data.num_proc", data["num_proc"], data["num_proc"], True, "threads while tokenising")
     streaming = type(trainer.train_dataset).__name__ == "IterableDataset"
     yield same("data.streaming", data["streaming"], streaming, type(trainer.train_dataset).__name__)
 
@@ -74,14 +73,26 @@ def label_mask(built: Any) -> Iterator[Effect]:
 
     It stands for `data.format`: the format decides what is learnt.
     """
+    import pyarrow.compute as pc
+
     trainer = built.trainer
-    examples = [trainer.train_dataset[i] for i in range(min(4, len(trainer.train_dataset)))]
+    rows = trainer.train_dataset
+    lengths = pc.list_value_length(rows.data.column("input_ids"))
+    longest = pc.index(lengths, pc.max(lengths)).as_py()  # the one that a collator would cut
+    examples = [rows[i] for i in dict.fromkeys([*range(min(3, len(rows))), longest])]
     collated = trainer.data_collator([dict(example) for example in examples])
     wrong = 0
     for row, example in enumerate(examples):
-        size = len(example["labels"])
+        size = len(example["input_ids"])
+        same_ids = collated["input_ids"][row].tolist()[:size] == list(example["input_ids"])
+        seen = collated["attention_mask"][row].tolist()
         labels = collated["labels"][row].tolist()
-        wrong += labels[:size] != list(example["labels"]) or any(one != -100 for one in labels[size:])
+        wrong += (
+            not same_ids
+            or labels[:size] != list(example["labels"])
+            or any(one != -100 for one in labels[size:])
+            or seen != [1] * size + [0] * (len(seen) - size)
+        )
     learnt = int((collated["labels"] != -100).sum())
     total = sum(len(example["labels"]) for example in examples)
     report = built.prepared["train"].report

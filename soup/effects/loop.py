@@ -56,20 +56,51 @@ def clipping(built: Any) -> Iterator[Effect]:
         yield same(key, 0, trainer.args.max_grad_norm, "the loop clips above 0 only")
         return
     probe = next(p for p in built.model.parameters() if p.requires_grad)
-    probe.grad = torch.full_like(probe, 2 * wanted * probe.numel() ** -0.5)
+    size = min(max(2 * wanted, 1.0), 1e12)  # torch adds 1e-6 to the norm, and float32 squares it
+    probe.grad = torch.full_like(probe, size * probe.numel() ** -0.5)
     trainer._clip_grad_norm(built.model)
     norm = float(probe.grad.norm())
     probe.grad = None
-    ok = abs(norm - wanted) <= 1e-2 * wanted
-    yield Effect(key, wanted, round(norm, 6), ok, "norm of a gradient of twice that, after clipping")
+    ok = abs(norm - min(wanted, size)) <= 1e-2 * min(wanted, size)
+    yield Effect(key, wanted, round(norm, 9), ok, f"norm of a gradient of norm {size:g}, after clipping")
 
 
 def seed(built: Any) -> Iterator[Effect]:
-    """The seed of the process when the trainer was built."""
+    """The seed of the process when the trainer was built, and what the adapters were initialised from.
+
+    Adapters draw before the trainer sets its seed, so the first one is drawn again and compared.
+    """
     import torch
 
+    wanted = built.config.training.seed
     how = "the seed that torch's generator started from"
-    yield same("training.seed", built.config.training.seed, torch.initial_seed(), how)
+    effective: Any = torch.initial_seed()
+    layer = next((m for m in built.model.modules() if getattr(m, "lora_A", None)), None)
+    if layer is not None and effective == wanted:
+        again = _drawn_again(built, layer)
+        how += "; the first adapter is what it gives"
+        if again is not None and not torch.equal(layer.lora_A["default"].weight, again):
+            effective, how = "another", "the first adapter was drawn from another state of the generator"
+    yield same("training.seed", wanted, effective, how)
+
+
+def _drawn_again(built: Any, layer: Any) -> Any:
+    """A of the model's first adapter, as PEFT initialises it right after the seed is set."""
+    import torch
+    from peft import inject_adapter_in_model
+
+    if "default" not in layer.lora_A:
+        return None
+    alone = torch.nn.Module()
+    alone.only = deepcopy(layer.base_layer)
+    config = deepcopy(built.model.peft_config["default"])
+    config.target_modules, config.layers_to_transform, config.rank_pattern = ["only"], None, {}
+    cuda = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(built.config.training.seed)
+        inject_adapter_in_model(config, alone)
+    live = layer.lora_A["default"].weight
+    return alone.only.lora_A["default"].weight.to(live.device, live.dtype)
 
 
 def data_order(built: Any) -> Iterator[Effect]:
@@ -96,9 +127,10 @@ def intervals(built: Any) -> Iterator[Effect]:
     trainer = built.trainer
     training = built.config.training
     flow = next(c for c in trainer.callback_handler.callbacks if isinstance(c, DefaultFlowCallback))
+    steps = max_steps(trainer)
     state = TrainerState()
-    state.compute_steps(trainer.args, 10**9)
-    state.max_steps = 10**9
+    state.compute_steps(trainer.args, steps)
+    state.max_steps = steps + 1  # at its last step the loop acts in any case
     for what, switch in (("logging", "should_log"), ("save", "should_save"), ("eval", "should_evaluate")):
         key = f"training.{what}_steps"
         wanted = getattr(training, f"{what}_steps")
@@ -108,24 +140,28 @@ def intervals(built: Any) -> Iterator[Effect]:
             )
             continue
         first = None
-        for step in (max(1, wanted - 1), wanted):
-            state.global_step = step
+        for state.global_step in range(1, min(wanted, steps) + 1):
             if getattr(flow.on_step_end(trainer.args, state, TrainerControl()), switch):
-                first = step
+                first = state.global_step
                 break
-        yield same(key, wanted, first, "the first step at which the loop's flow control acts")
+        how = f"the first of {steps} steps at which the loop's flow control acts"
+        yield Effect(key, wanted, first, first == (wanted if wanted <= steps else None), how)
 
 
 def gradient_checkpointing(built: Any) -> Iterator[Effect]:
-    """The layers' own switches; `transformers` turns them on when training begins, so the arguments count too."""
-    trainer = built.trainer
+    """The layers' own switches, as `transformers` sets them from the arguments when training begins."""
+    trainer, model = built.trainer, built.model
     wanted = built.config.training.gradient_checkpointing
-    layers = [m for m in built.model.modules() if hasattr(m, "gradient_checkpointing")]
-    if wanted and trainer.args.gradient_checkpointing:
-        built.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+    layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+    before = any(m.gradient_checkpointing for m in layers)
+    if trainer.args.gradient_checkpointing and not before:
+        model.gradient_checkpointing_enable(dict(trainer.args.gradient_checkpointing_kwargs or {}))
     on = sum(bool(m.gradient_checkpointing) for m in layers)
+    if on and not before:
+        model.gradient_checkpointing_disable()
+    effective = on > 0 if on in (0, len(layers)) else f"on {on} of {len(layers)}"
     how = f"{on} of {len(layers)} modules that can recompute will"
-    yield same("training.gradient_checkpointing", wanted, on > 0, how)
+    yield same("training.gradient_checkpointing", wanted, effective, how)
 
 
 def processes(built: Any) -> Iterator[Effect]:
@@ -144,8 +180,7 @@ def features_off(built: Any) -> Iterator[Effect]:
     classes = {type(module).__module__ for module in model.modules()}
     callbacks = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
     sampler = _sampler(trainer)
-    embedding = model.get_input_embeddings()
-    noise = len(embedding._forward_hooks) if trainer.neftune_noise_alpha else 0
+    noise = trainer.neftune_noise_alpha or _embedding_is_noisy(model)
 
     def off(key: str, on: bool, how: str) -> Effect:
         value = tree[key]
@@ -161,10 +196,13 @@ def features_off(built: Any) -> Iterator[Effect]:
     wanted = tree["use_flash_attn"]
     how = f"attention: {attention}, because {reason}"
     yield Effect("training.use_flash_attn", wanted, attention, wanted != "off" or not flash, how)
-    yield off("neftune_alpha", bool(trainer.neftune_noise_alpha or noise), "no noise hook on the embedding")
+    yield off("neftune_alpha", bool(noise), "embeddings are the same in training and evaluation")
     experts = [n for n, p in model.named_parameters() if "experts" in n and "lora_" in n]
     yield off("moe_lora", bool(experts), "no adapter parameter on an expert")
-    yield off("moe_aux_loss_coeff", False, "the model's own coefficient")
+    own, live = _aux_loss_coeff(built)
+    key = "training.moe_aux_loss_coeff"
+    how = f"the router's coefficient in the model's own config.json is {own}"
+    yield Effect(key, tree["moe_aux_loss_coeff"], live, live == own, how)
     ordered = type(sampler).__name__ not in ("RandomSampler", "SeedableRandomSampler")
     for key in ("curriculum", "curriculum_metric", "curriculum_buckets"):
         yield off(key, ordered, f"rows are drawn by {type(sampler).__name__}")
@@ -181,15 +219,43 @@ def features_off(built: Any) -> Iterator[Effect]:
         yield off(key, watched, f"callbacks: {', '.join(callbacks)}")
 
 
-def _frozen_layers(built: Any) -> int:
-    """Decoder layers without a trained parameter, counted where any other layer of the stack has one."""
+def _embedding_is_noisy(model: Any) -> bool:
+    """Whether the input embedding of a token differs between training and evaluation mode."""
     import torch
 
-    stacks = [m for m in built.model.modules() if isinstance(m, torch.nn.ModuleList)]
+    embedding = model.get_input_embeddings()
+    was = embedding.training
+    ids = torch.arange(2, device=embedding.weight.device)[None]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        trained, evaluated = (embedding.train(mode)(ids) for mode in (True, False))
+    embedding.train(was)
+    return not torch.equal(trained, evaluated)
+
+
+def _aux_loss_coeff(built: Any) -> tuple[Any, Any]:
+    """The weight of an MoE router's balancing loss in the model's config.json, and in memory; else `None`s."""
+    from transformers import AutoConfig
+
+    live = built.model.config.get_text_config()
+    if not hasattr(live, "router_aux_loss_coef"):
+        return None, None
+    own = AutoConfig.from_pretrained(
+        built.model_folder, trust_remote_code=built.config.model.trust_remote_code
+    ).get_text_config()
+    return own.router_aux_loss_coef, live.router_aux_loss_coef
+
+
+def _frozen_layers(built: Any) -> int:
+    """Decoder layers in which nothing trains, of those that hold adapters (or of all, without adapters)."""
+    import torch
+
     frozen = 0
-    for stack in stacks:
-        trains = [any(p.requires_grad for p in layer.parameters()) for layer in stack]
-        frozen += trains.count(False) if any(trains) else 0
+    for stack in (m for m in built.model.modules() if isinstance(m, torch.nn.ModuleList)):
+        for layer in stack:
+            parameters = dict(layer.named_parameters())
+            if built.config.lora.r is not None:
+                parameters = {name: p for name, p in parameters.items() if "lora_" in name}
+            frozen += bool(parameters) and not any(p.requires_grad for p in parameters.values())
     return frozen
 
 

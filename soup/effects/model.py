@@ -7,25 +7,53 @@ from typing import Any
 
 from soup.effects import Effect, same
 
+WHOLE_BYTES = 2**31  # weights on disk up to which every element is compared, not only some rows
+QUANTIZED = ("Linear4bit", "Linear8bitLt")
+
 
 def weights(built: Any) -> Iterator[Effect]:
-    """A few tensors of the model folder against those in memory, to the bit after conversion."""
+    """The tensors of the model folder against those in memory: to the bit after conversion, or, where they are
+    quantized, within what quantization costs.
+    """
     import torch
 
     model_tree = built.config.tree["model"]
     live = {_plain(name): p for name, p in built.model.named_parameters() if "lora_" not in name}
-    compared, different = [], []
-    for name, stored in _some_tensors(built.model_folder, live):
-        in_memory = live[name].detach()
-        compared.append(name)
-        if not torch.equal(in_memory.cpu(), stored.to(in_memory.dtype)):
-            different.append(name)
-    ok = bool(compared) and not different
-    how = f"{len(compared)} tensors equal those of {built.model_folder.name}" if ok else f"{different} differ"
+    packed = {
+        f"{_plain(name + '.')}weight": module
+        for name, module in built.model.named_modules()
+        if type(module).__name__ in QUANTIZED
+    }
+    equal, near, different = 0, 0, []
+    for name, take in _tensors(built.model_folder):
+        if name in packed:
+            stored = take(slice(None))
+            if not stored.is_floating_point():
+                continue  # quantized on disk already
+            error = _relative_error(packed[name], stored)
+            near += error < 0.2
+            if error >= 0.2:  # NF4 of a normal distribution: 0.1, 8 bits: 0.01
+                different.append(name)
+        elif name in live:
+            rows = _rows(built.model_folder, live[name])
+            in_memory = live[name].detach()[rows].cpu()
+            stored = take(rows).to(in_memory.dtype)
+            same_bits = in_memory.shape == stored.shape and torch.equal(in_memory, stored)
+            equal += same_bits
+            if not same_bits:
+                different.append(name)
+    ok = equal > 0 and not different
+    how = f"{equal} tensors equal those of {built.model_folder.name}"
+    if packed:
+        how += f", {near} are quantized from them"
+    if different:
+        how = f"{len(different)} tensors differ: {', '.join(different[:3])}"
     yield Effect("model.base", model_tree["base"], model_tree["base"] if ok else "other weights", ok, how)
     if "revision" in model_tree:
-        folder = built.model_folder.name
-        yield Effect("model.revision", model_tree["revision"], folder, True, "the folder that was loaded")
+        folder, revision = built.model_folder.name, model_tree["revision"]
+        commit = revision is not None and len(revision) == 40 and set(revision) <= set("0123456789abcdef")
+        ok = not commit or folder == revision
+        yield Effect("model.revision", revision, folder, ok, "the folder that was loaded")
         remote = type(_base(built.model)).__module__.startswith("transformers_modules")
         asked = model_tree["trust_remote_code"]
         how = f"the model's class is {type(_base(built.model)).__module__}"
@@ -33,35 +61,49 @@ def weights(built: Any) -> Iterator[Effect]:
 
 
 def dtype(built: Any) -> Iterator[Effect]:
-    """Element types of frozen and trained weights, and of the trainer's autocast."""
+    """Element types of frozen and trained weights, and of a matrix product as the trainer computes it."""
+    import torch
+
     precise = built.precision
     frozen = {p.dtype for p in built.model.parameters() if not p.requires_grad and p.is_floating_point()}
     trained = {p.dtype for p in built.model.parameters() if p.requires_grad}
-    args = built.trainer.args
-    autocast = "bfloat16" if args.bf16 else "float16" if args.fp16 else "none"
-    wanted = "none" if precise.autocast is None else _name(precise.autocast)
+    products = _product_dtype(built)
+    wanted = precise.autocast or torch.float32
     main = frozen if built.config.lora.r is not None else trained
     quantized = built.config.model.quantization != "none"
-    ok = autocast == wanted and (quantized or main == {precise.weights})
+    ok = products == wanted and (quantized or main == {precise.weights})
     effective = ", ".join(sorted(map(_name, main)))
-    how = f"{precise.reason}; trained weights {sorted(map(_name, trained))}, autocast {autocast}"
+    words = ", ".join(sorted(map(_name, trained)))
+    how = f"{precise.reason}; trained weights {words}; a float32 product gives {_name(products)}"
     yield Effect("model.dtype", built.config.tree["model"]["dtype"], effective, ok, how)
 
 
 def quantization(built: Any) -> Iterator[Effect]:
     """Classes of the linear layers, and how their weights are stored."""
+    import torch
+
     spec = built.config.model
-    kinds = [type(module).__name__ for module in built.model.modules()]
-    four = [m for m in built.model.modules() if type(m).__name__ == "Linear4bit"]
-    eight = kinds.count("Linear8bitLt")
-    effective = "4bit" if four else "8bit" if eight else "none"
-    how = f"{len(four)} Linear4bit, {eight} Linear8bitLt modules"
+    head = built.model.get_output_embeddings()
+    found: dict[str, list[Any]] = {}
+    for name, module in built.model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "lora_" not in name and module is not head:
+            found.setdefault(type(module).__name__, []).append(module)
+    four, eight = (found.get(kind, []) for kind in QUANTIZED)
+    plain = sum(map(len, found.values())) - len(four) - len(eight)
+    effective = "none"
+    if four or eight:
+        effective = (
+            "mixed" if four and eight or plain > len(four) + len(eight) else "4bit" if four else "8bit"
+        )
+    how = f"{len(four)} Linear4bit, {len(eight)} Linear8bitLt, {plain} plain modules beside the head"
     ok = effective == spec.quantization
     if four:
-        state = four[0].weight.quant_state
-        how += f", {four[0].weight.quant_type}, nested {bool(getattr(state, 'nested', False))}"
-        ok = ok and four[0].weight.quant_type == "nf4"
+        kinds = {(m.weight.quant_type, bool(getattr(m.weight.quant_state, "nested", False))) for m in four}
+        how += f"; type and double quantization: {sorted(kinds)}"
+        ok = ok and kinds == {("nf4", True)} and all(m.weight.dtype is torch.uint8 for m in four)
+    ok = ok and all(m.weight.dtype is torch.int8 for m in eight)
     yield Effect("model.quantization", spec.quantization, effective, ok, how)
+    kinds = [type(module).__name__ for module in built.model.modules()]
     fake = sum("FakeQuantized" in kind for kind in kinds)
     yield same(
         "model.quantization_aware", spec.quantization_aware, fake > 0, f"{fake} fake-quantised modules"
@@ -69,43 +111,49 @@ def quantization(built: Any) -> Iterator[Effect]:
 
 
 def tokenizer(built: Any) -> Iterator[Effect]:
-    """The chat template that the saved tokenizer will carry."""
-    asked = built.config.tree["model"]["chat_template"]
-    carried = built.tokenizer.chat_template
-    if asked is None:
-        effective = "none" if carried is None else "the tokenizer's own"
-        yield Effect("model.chat_template", None, effective, True, f"{len(carried or '')} characters")
-        return
+    """The chat template that the saved tokenizer will carry, which is the one that rendered the rows."""
     from soup.data.encode import template_text
+    from soup.data.tokenizer import TokenizerFiles
 
-    yield Effect(
-        "model.chat_template",
-        asked,
-        f"{len(carried or '')} characters",
-        carried == template_text(asked),
-        "the tokenizer's template",
-    )
+    asked = built.config.tree["model"]["chat_template"]
+    carried = built.trainer.processing_class.chat_template
+    own = TokenizerFiles(built.model_folder).chat_template
+    wanted = own if asked is None else template_text(asked)
+    effective = "none" if carried is None else "the tokenizer's own" if carried == own else "another"
+    if asked is not None and carried == wanted:
+        effective = asked
+    how = f"the tokenizer's template of {len(carried or '')} characters"
+    yield Effect("model.chat_template", asked, effective, carried == wanted, how)
 
 
 def rope(built: Any) -> Iterator[Effect]:
-    """`inv_freq` of the rotary embedding, against theta^(-2i/d) (arXiv:2104.09864)."""
+    """Inverse frequencies in memory, against those that config.json on disk gives (arXiv:2104.09864)."""
     import torch
+    from transformers import AutoConfig
 
     tree = built.config.tree["longctx"]
     config = built.model.config.get_text_config()
-    own = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    buffers = [
-        m.inv_freq for m in built.model.modules() if isinstance(getattr(m, "inv_freq", None), torch.Tensor)
-    ]
-    ok, how = True, f"the model's own rotary type, {own}"
-    if own == "default" and buffers:
-        d = 2 * buffers[0].numel()
-        theta = config.rope_parameters["rope_theta"]
-        expected = theta ** -(torch.arange(0, d, 2, dtype=torch.float64) / d)
-        ok = torch.allclose(buffers[0].double().cpu(), expected, rtol=1e-5)
-        how = f"inv_freq of {d} dimensions {'equals' if ok else 'differs from'} theta={theta:g}'s formula"
-    yield Effect("longctx.rope_scaling_type", tree["rope_scaling_type"], own if not ok else "none", ok, how)
-    yield Effect("longctx.rope_factor", tree["rope_factor"], None, tree["rope_factor"] is None, how)
+    own = AutoConfig.from_pretrained(
+        built.model_folder, trust_remote_code=built.config.model.trust_remote_code
+    ).get_text_config()
+    kind = (getattr(own, "rope_parameters", None) or {}).get("rope_type", "default")
+    compared, different = 0, []
+    for name, module in built.model.named_modules():
+        live = {key: value for key, value in module.named_buffers(recurse=False) if key.endswith("inv_freq")}
+        if live:
+            fresh = dict(type(module)(own).named_buffers(recurse=False))
+            compared += len(live)
+            for key, value in live.items():
+                wanted, value = fresh[key].float(), value.float().cpu()
+                right = wanted.shape == value.shape and torch.allclose(wanted, value, rtol=1e-5)
+                different += [] if right else [f"{name}.{key}"]
+    ok = not different
+    how = f"{compared} buffers inv_freq are those of config.json, rotary type {kind}"
+    if not ok:
+        how = f"{', '.join(different)} differs from what config.json gives, rotary type {kind}"
+    name = "longctx.rope_scaling_type"
+    yield Effect(name, tree["rope_scaling_type"], "none" if ok else "other frequencies", ok, how)
+    yield Effect("longctx.rope_factor", tree["rope_factor"], None if ok else "unknown", ok, how)
     attention = str(getattr(config, "_attn_implementation", None))
     ring = "ring" in attention
     yield same("longctx.use_ring_attention", tree["use_ring_attention"], ring, f"attention: {attention}")
@@ -113,34 +161,58 @@ def rope(built: Any) -> Iterator[Effect]:
 
 
 def kernels(built: Any) -> Iterator[Effect]:
-    """Whose forward functions the decoder layers run."""
+    """Whose forward functions the modules run: each its own library's, but for the head's loss in chunks (TRL)."""
     asked = built.config.backend.kernels
-    foreign = sorted(
-        {
-            type(module).forward.__module__
-            for module in built.model.modules()
-            if type(module).forward.__module__.startswith("soup.")
-        }
-    )
+    foreign = sorted({owner for module in built.model.modules() if (owner := _foreign_forward(module))})
     how = "every module runs its library's own forward"
     if asked == "auto":
         how += "; soup has no kernels of its own yet"
-    yield Effect("backend.kernels", asked, "stock" if not foreign else str(foreign), not foreign, how)
+    effective = "stock" if not foreign else ", ".join(foreign)
+    yield Effect("backend.kernels", asked, effective, not foreign, how)
 
 
-def _some_tensors(folder: Any, live: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Up to two tensors of each weight file, of those that are in memory unquantized."""
+def _foreign_forward(module: Any) -> str | None:
+    """The package that replaced a module's forward function, `None` where it is its class's own."""
+    owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    replaced = vars(module).get("forward", owner.forward)
+    while hasattr(replaced, "func"):  # a functools.partial, as accelerate's hooks are
+        replaced = replaced.func
+    package = (getattr(replaced, "__module__", None) or "unknown").partition(".")[0]
+    own = owner.__module__.partition(".")[0]
+    return None if package in (own, "trl", "accelerate") else package
+
+
+def _product_dtype(built: Any) -> Any:
+    """Element type of a product of float32 matrices inside the trainer's autocast."""
+    import torch
+
+    matrix = torch.ones(2, 2, device=built.trainer.args.device)
+    with torch.no_grad(), built.trainer.accelerator.autocast():
+        return (matrix @ matrix).dtype
+
+
+def _relative_error(module: Any, stored: Any) -> float:
+    """Distance of a quantized layer's weight from the stored one, over the stored one's norm (Frobenius)."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    live = dequantize_module_weight(module).detach().float().cpu()
+    return float((live - stored.float()).norm() / stored.float().norm().clamp(min=1e-12))
+
+
+def _tensors(folder: Any) -> Iterator[tuple[str, Any]]:
+    """Name of each tensor on disk, and a function that reads the given rows of it."""
     from safetensors import safe_open
 
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            shared = [
-                name
-                for name in sorted(tensors.keys())
-                if name in live and list(live[name].shape) == tensors.get_slice(name).get_shape()
-            ]
-            for name in shared[:1] + shared[-1:]:
-                yield name, tensors.get_tensor(name)
+            for name in tensors.keys():  # noqa: SIM118
+                yield name, lambda rows, name=name, file=tensors: file.get_slice(name)[rows]
+
+
+def _rows(folder: Any, tensor: Any) -> slice:
+    """Rows to compare: all, or the first ones where that would read many GiB."""
+    total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return slice(None) if total <= WHOLE_BYTES or tensor.dim() < 2 else slice(0, 64)
 
 
 def _plain(name: str) -> str:

@@ -11,47 +11,59 @@ from soup.effects import Effect, same
 
 def groups(built: Any) -> Iterator[Effect]:
     """Peak rate and weight decay of every parameter group, and that the groups hold just what trains."""
-    optimizer = _optimizer(built)
+    live = optimizer(built)
     optim = built.config.optim
-    rates = sorted({group["initial_lr"] for group in optimizer.param_groups})
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    rates = sorted({group["initial_lr"] for group in live.param_groups})
+    held = {id(p) for group in live.param_groups for p in group["params"]}
     trains = {id(p) for p in built.model.parameters() if p.requires_grad}
-    how = f"initial_lr of {len(optimizer.param_groups)} parameter groups, which hold {len(held)} tensors"
+    how = f"initial_lr of {len(live.param_groups)} parameter groups, which hold {len(held)} tensors"
     effect = same("optim.lr", optim.lr, rates[0] if len(rates) == 1 else rates, how)
     if held != trains:
         how = f"the optimizer holds {len(held)} tensors, and {len(trains)} have requires_grad"
         effect = Effect(effect.key, effect.requested, effect.effective, False, how)
     yield effect
-    # biases and norms are exempt from decay in transformers: that is the group with 0
-    decays = sorted({group["weight_decay"] for group in optimizer.param_groups if group["params"]})
-    effective: Any = max(decays)
-    yield same("optim.weight_decay", optim.weight_decay, effective, f"weight_decay of the groups: {decays}")
+    # biases and norms are exempt from decay in transformers
+    decaying = set(built.trainer.get_decay_parameter_names(built.model))
+    should = {id(p): name in decaying for name, p in built.model.named_parameters()}
+    decays: dict[bool, set[float]] = {True: set(), False: {0.0}}
+    for group in live.param_groups:
+        for parameter in group["params"]:
+            decays[should.get(id(parameter), True)].add(group["weight_decay"])
+    decayed: Any = sorted(decays[True])
+    how = f"weight_decay of the groups: {decayed}, {sorted(decays[False])} for biases and norms"
+    one = decayed[0] if len(decayed) == 1 else decayed
+    effect = same("optim.weight_decay", optim.weight_decay, one, how)
+    yield Effect(effect.key, effect.requested, one, effect.ok and decays[False] == {0.0}, how)
 
 
 def adam_settings(built: Any) -> Iterator[Effect]:
-    """AdamW's betas and epsilon, as the groups hold them."""
-    optimizer = _optimizer(built)
+    """AdamW's betas and epsilon, as every group of an AdamW holds them."""
+    import torch
+
+    live = optimizer(built)
     tree = built.config.tree["optim"]
-    first = optimizer.param_groups[0]
-    how = f"param_groups of {type(optimizer).__name__}"
-    yield same("optim.beta1", float(tree["beta1"]), first["betas"][0], how)
-    yield same("optim.beta2", float(tree["beta2"]), first["betas"][1], how)
-    yield same("optim.eps", float(tree["eps"]), first["eps"], how)
+    how = f"param_groups of {type(live).__name__}"
+    adamw = isinstance(live, torch.optim.AdamW)
+    held = {(*group.get("betas", (None, None)), group.get("eps")) for group in live.param_groups}
+    for place, key in enumerate(("beta1", "beta2", "eps")):
+        values = sorted({one[place] for one in held}, key=str)
+        effect = same(f"optim.{key}", float(tree[key]), values[0] if len(values) == 1 else values, how)
+        yield Effect(effect.key, effect.requested, effect.effective, effect.ok and adamw, how)
 
 
 def schedule(built: Any) -> Iterator[Effect]:
     """The schedule's factor at 9 steps over the run, against the formula."""
     trainer = built.trainer
-    _optimizer(built)
+    optimizer(built)
     steps = max_steps(trainer)
     optim = built.config.optim
     warmup = math.ceil(steps * optim.warmup_ratio)
     expected = _formula(optim.scheduler, warmup, steps)
-    factor = trainer.lr_scheduler.lr_lambdas[0]
+    factors = getattr(trainer.lr_scheduler, "lr_lambdas", None) or [lambda _step: math.nan]
+    factor = factors[0]
     sampled = sorted({round(steps * part / 8) for part in range(9)})
-    live = [factor(step) for step in sampled]
-    right = all(math.isclose(a, expected(s), abs_tol=1e-9) for a, s in zip(live, sampled, strict=True))
-    rounded = [round(one, 4) for one in live]
+    right = all(math.isclose(one(s), expected(s), abs_tol=1e-9) for one in factors for s in sampled)
+    rounded = [round(factor(s), 4) for s in sampled]
     how = f"factor at steps {sampled}: {rounded}"
     name = optim.scheduler
     yield Effect("optim.scheduler", name, name if right else rounded, right, how)
@@ -70,7 +82,7 @@ def max_steps(trainer: Any) -> int:
     return trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
 
 
-def _optimizer(built: Any) -> Any:
+def optimizer(built: Any) -> Any:
     """The optimizer that will step, made now if it is not there yet; training takes it over as it is."""
     trainer = built.trainer
     if trainer.optimizer is None or trainer.lr_scheduler is None:
@@ -84,9 +96,11 @@ def _formula(name: str, warmup: int, steps: int) -> Callable[[int], float]:
     def factor(step: int) -> float:
         if step < warmup:
             return step / warmup
-        done = (step - warmup) / max(1, steps - warmup)
-        if name == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * done))
-        return 1.0 if name == "constant" else 1 - done
+        if name == "constant":
+            return 1.0
+        rest = max(1, steps - warmup)
+        if name == "linear":
+            return (steps - step) / rest
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / rest))
 
     return factor

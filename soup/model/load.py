@@ -89,7 +89,10 @@ def adapter(spec: LoraSpec) -> LoraConfig | None:
     """PEFT's configuration, `None` where all weights train."""
     if spec.r is None:
         return None
-    modules = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
+    modules: str | list[str] = "all-linear"
+    if spec.target_modules != "all-linear":  # PEFT would read another text as a regular expression
+        one = isinstance(spec.target_modules, str)
+        modules = [spec.target_modules] if one else list(spec.target_modules)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=spec.r,

@@ -296,6 +296,7 @@ RULES: tuple[Rule, ...] = (
     _pending("longctx.use_ring_attention", True),
     _pending("lora.loraplus_lr_ratio", Not(None)),
     _pending("model.quantization_aware", True),
+    _pending("model.moe", True),
     _pending("data.streaming", True),
     _pending("training.packing", True),
     _pending("training.use_liger", True),

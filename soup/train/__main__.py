@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from soup.effects import NotInForce, to_json
 from soup.errors import RecordError, Refused
 from soup.record import Run, write_json
 from soup.train.stopper import INTERRUPTED, Stopper
@@ -28,7 +29,7 @@ class Terminal(io.TextIOWrapper):
     """A terminal or pipe that may go away before the run does: what is printed then is lost, the run is not."""
 
     def __init__(self, descriptor: int):
-        super().__init__(open(descriptor, "wb", buffering=0), encoding="utf-8", write_through=True)
+        super().__init__(io.FileIO(descriptor, "wb"), encoding="utf-8", write_through=True)
 
     def write(self, text: str) -> int:
         with suppress(OSError):
@@ -58,7 +59,7 @@ def main(words: list[str]) -> int:
                 return 0  # another process finished it while this one waited for the lock
             return _prove(run) if prove_only else _train(run, console, stopper)
         except Refused as refused:
-            return _failed(run, console, str(refused), status=2 if not _built(refused) else 1)
+            return _failed(run, console, str(refused), status=1 if isinstance(refused, NotInForce) else 2)
         except RecordError as error:
             return _failed(run, console, str(error), traceback=traceback.format_exc())
         except Exception as error:  # noqa: BLE001
@@ -78,14 +79,8 @@ def _train(run: Run, console: Any, stopper: Stopper) -> int:
 def _prove(run: Run) -> int:
     from soup.train import job
 
-    write_json(run.effective, job.effects.to_json(job.prove(run)))
+    write_json(run.effective, to_json(job.prove(run)))
     return 0
-
-
-def _built(refused: Refused) -> bool:
-    from soup.effects import NotInForce
-
-    return isinstance(refused, NotInForce)
 
 
 def _failed(run: Run, console: Any, error: str, *, status: int = 1, **details: str) -> int:

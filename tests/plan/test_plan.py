@@ -1,0 +1,168 @@
+"""Predictions against the real thing: parameters of real models, steps of transformers, memory's directions."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from soup.device import Device
+from soup.plan import Lengths, adapter_parameters, plan, shape
+from soup.rules import RULES, is_moe
+from soup.schema import check
+
+COMMON = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+MODELS = {
+    "llama": {},
+    "llama-tied": {"tie_word_embeddings": True},
+    "llama-biases": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32},
+}
+CPU = Device(kind="cpu", bf16=False, reason="test")
+LENGTHS = Lengths(
+    rows=100, mean=50, p50=50, p95=60, max=64, tokens=5000, learnt=2500, sampled=False, eval_rows=0
+)
+
+
+@pytest.fixture(params=MODELS)
+def real(request):
+    """A model on torch's meta device, and its config.json."""
+    config = AutoConfig.for_model(request.param.partition("-")[0], **(COMMON | MODELS[request.param]))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return model, json.loads(config.to_json_string())
+
+
+def test_parameters_are_those_of_the_real_model(real):
+    model, config = real
+    assert shape(config).total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("extra", [[], ["lora=dora"], ["lora.target_modules=[q_proj,o_proj]"]])
+def test_adapter_parameters_are_those_of_peft(real, extra, compose):
+    model, config = real
+    if is_moe(config):
+        assert "model.moe" in [rule.key for rule in RULES if rule.pending]  # adapters on MoE models: not yet
+        return
+    spec = check(compose("lora.r=5", *extra)).lora
+    modules = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
+    made = LoraConfig(r=5, target_modules=modules, use_dora=spec.use_dora, task_type="CAUSAL_LM")
+    with torch.device("meta"):
+        wrapped = get_peft_model(model, made)
+    expected = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    assert adapter_parameters(check(compose("lora.r=5", *extra)), shape(config)) == expected
+
+
+def planned(compose, *overrides, device=CPU, lengths=LENGTHS, model=None):
+    config = json.loads(AutoConfig.for_model("llama", **COMMON).to_json_string()) | (model or {})
+    return plan(check(compose(*overrides)), model=config, device=device, lengths=lengths)
+
+
+@pytest.mark.parametrize("rows", [7, 8, 9, 100])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("epochs", [1, 2.5])
+def test_steps_are_those_of_transformers(rows, accumulation, epochs, compose, tmp_path):
+    from torch.utils.data import DataLoader
+    from transformers import Trainer, TrainingArguments
+
+    batch = 4
+    arguments = TrainingArguments(
+        str(tmp_path),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        use_cpu=True,
+    )
+    trainer = Trainer(torch.nn.Linear(1, 1), arguments, train_dataset=[{}] * rows)
+    loader = DataLoader([{}] * rows, batch_size=batch)
+    expected = trainer.set_initial_training_values(arguments, loader)[-1]
+    lengths = Lengths(**(vars(LENGTHS) | {"rows": rows}))
+    found = planned(
+        compose,
+        f"training.batch_size={batch}",
+        f"training.gradient_accumulation_steps={accumulation}",
+        f"training.epochs={epochs}",
+        lengths=lengths,
+    )
+    assert found.steps == expected
+
+
+def test_memory_goes_where_it_should(compose):
+    def peak(*overrides):
+        return planned(compose, *overrides).peak_memory_bytes
+
+    base = peak()
+    assert peak("training.batch_size=16") > base
+    assert peak("data.max_length=16") < base
+    assert peak("lora.r=64") > base
+    assert peak("lora=none") > base
+    assert peak("training.gradient_checkpointing=true") < base
+    assert peak("model.quantization=4bit") < peak("model.quantization=8bit") < base
+    sharded = planned(compose, "lora=none", "distributed=zero3", "distributed.processes=4")
+    whole = planned(compose, "lora=none")
+    for part in ("weights", "gradients", "optimizer"):
+        assert sharded.memory[part] * 4 == pytest.approx(whole.memory[part], abs=4)
+    two = planned(compose, "lora=none", "distributed=zero2", "distributed.processes=2")
+    assert two.memory["weights"] == whole.memory["weights"]
+    assert two.memory["optimizer"] * 2 == pytest.approx(whole.memory["optimizer"], abs=4)
+
+
+def test_a_frozen_reference_costs_a_copy_only_where_there_is_one(compose):
+    sft, dpo = planned(compose, "lora=none"), planned(compose, "lora=none", "task=dpo")
+    assert dpo.memory["weights"] == 2 * sft.memory["weights"]
+    early = planned(compose, "lora=none", "task=dpo", "task.precompute_ref=true")
+    assert early.memory["weights"] == sft.memory["weights"]
+    assert planned(compose, "task=dpo").memory["weights"] == planned(compose).memory["weights"]
+
+
+def test_a_million_tokens_plan(compose):
+    million = 1_048_576
+    lengths = Lengths(**(vars(LENGTHS) | {"mean": million, "max": million, "tokens": 100 * million}))
+    cuda = Device(kind="cuda", bf16=True, reason="test")
+    words = ["longctx=yarn", f"data.max_length={million}", "training.batch_size=1"]
+    one = planned(compose, *words, device=cuda, lengths=lengths)
+    ring = ["longctx.use_ring_attention=true", "longctx.ring_size=8", "distributed=zero3"]
+    eight = planned(compose, *words, *ring, "distributed.processes=8", device=cuda, lengths=lengths)
+    assert eight.memory["activations"] * 8 == pytest.approx(one.memory["activations"], rel=1e-6)
+
+
+def test_every_number_has_its_reason_and_parts_add_up(compose):
+    found = planned(compose)
+    assert sum(found.memory.values()) == found.peak_memory_bytes
+    for name in (
+        "parameters",
+        "trainable",
+        "dtype",
+        "rows_per_step",
+        "tokens_per_step",
+        "steps",
+        "memory",
+        "disk",
+    ):
+        assert found.notes[name]
+    assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
+
+
+def test_an_unknown_architecture_is_estimated_and_said_to_be(compose):
+    found = planned(compose, model={"model_type": "something_new"})
+    assert "estimate" in found.notes["parameters"]
+
+
+def test_planning_leaves_torch_alone():
+    code = "import sys, soup.plan; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
