@@ -169,6 +169,8 @@ def _shown(value: Any) -> Any:
 
 def _message(error: Mapping[str, Any]) -> str:
     """pydantic's message in soup's voice: `must be greater than 0`."""
+    if error["type"] in ("string_too_short", "too_short"):
+        return "must not be empty"
     message = str(error["msg"])
     return message.replace("Input should be", "must be").replace("Value should have", "must have")
 

@@ -70,13 +70,12 @@ def _checked(point: Point, *, train: bool) -> Checked:
     config = check(point.tree)
     device = resolve(config.launch.device)
     facts = rules.facts(config, device=device.kind, model_config=None)
-    problems = rules.broken(facts)
-    if train:
-        problems += _here(config, device)
-    if problems:
+    if problems := rules.broken(facts):
         raise Refused(problems)
     if train and (unbuilt := rules.pending(facts)):  # before a model is looked for
         raise NotAvailableYet(unbuilt)
+    if train and (problems := _here(config, device)):
+        raise Refused(problems)
     merge_arguments(config)
     model_folder = source.folder(config.model)
     model_config = source.config(model_folder)

@@ -15,7 +15,7 @@ from soup.schema import Config, check
 
 
 def why(points: Sequence[Point], args: Namespace) -> int:  # noqa: ARG001
-    """Prints the rules that hold, then those that speak about what the command line set and do not hold."""
+    """Prints the rules that hold, then those about what the command line set that nearly hold."""
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -35,10 +35,10 @@ def why(points: Sequence[Point], args: Namespace) -> int:  # noqa: ARG001
             console.print(f"    fix: {problem.fix}", markup=False)
         if not holding:
             console.print("\nno rule speaks against this combination", style="green")
-        quiet = [rule for rule, holds in rules.about(found, named) if not holds and not rule.pending]
-        if quiet:
-            console.print("\nrules about what you set, which do not hold here:")
-            for rule in quiet:
+        near = [rule for rule in rules.about(found, named) if not rule.pending]
+        if near:
+            console.print("\none more condition away:")
+            for rule in near:
                 console.print(f"    {rule.condition()}: {rule.why}", markup=False)
     return 0
 

@@ -50,10 +50,10 @@ def pending(found: Mapping[str, Any]) -> list[Problem]:
     return [rule.problem(found) for rule in RULES if rule.pending and rule.holds(found)]
 
 
-def about(found: Mapping[str, Any], keys: Iterable[str]) -> list[tuple[Rule, bool]]:
-    """Rules that speak about any of `keys` as they are set, each with whether it holds."""
+def about(found: Mapping[str, Any], keys: Iterable[str]) -> list[Rule]:
+    """Rules that speak about any of `keys` and do not hold, by one condition only: what to keep clear of."""
     named = set(keys)
-    return [(rule, rule.holds(found)) for rule in RULES if named & set(rule.when)]
+    return [rule for rule in RULES if named & set(rule.when) and rule.missed(found) == 1]
 
 
 def _leaves(prefix: str, node: Any) -> Iterable[tuple[str, Any]]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from soup.errors import Problem
 
+_UNKNOWN = object()
+
 
 @dataclass(frozen=True)
 class Not:
@@ -66,13 +68,16 @@ class Rule:
     pending: bool = field(default=False)
 
     def holds(self, facts: Mapping[str, Any]) -> bool:
+        return self.missed(facts) == 0
+
+    def missed(self, facts: Mapping[str, Any]) -> int:
+        """How many of its conditions do not hold; a fact that is not known counts as one."""
+        missed = 0
         for key, condition in self.when.items():
-            if key not in facts:
-                return False
-            value = facts[key]
-            if not (condition(value) if callable(condition) else value == condition):
-                return False
-        return True
+            value = facts.get(key, _UNKNOWN)
+            met = condition(value) if callable(condition) else value == condition
+            missed += value is _UNKNOWN or not met
+        return missed
 
     def condition(self) -> str:
         """The condition as people read it: `optim=galore and lora not none`."""
