@@ -40,7 +40,12 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALL
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory) -> Path:
     """SOUP_CACHE of this process and of those it starts."""
+    from soup import cache
+
     folder = tmp_path_factory.mktemp("soup-cache")
+    models = cache.root() / "models"  # converting the embedded model takes half a minute; `make setup` has
+    if models.is_dir():
+        (folder / "models").symlink_to(models)
     before = os.environ.get("SOUP_CACHE")
     os.environ["SOUP_CACHE"] = str(folder)
     yield folder

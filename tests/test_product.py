@@ -84,7 +84,7 @@ def test_every_point_plans_or_is_refused_with_a_fix(device, specs, sections):
 
 
 @pytest.mark.parametrize("group", ["tracking", "launch"])
-def test_tracking_and_launch_meet_no_rule_but_their_own(group, specs, sections):
+def test_tracking_and_launch_meet_no_rule_but_their_own(group, sections):
     for choice in choices(group):
         tree = {g: node(g, choices(g)[0]) for g in GROUPS} | {group: node(group, choice)} | sections
         found = rules.facts(check(tree), device="cpu", model_config=LLAMA)

@@ -155,10 +155,14 @@ def gradient_checkpointing(built: Any) -> Iterator[Effect]:
     layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
     before = any(m.gradient_checkpointing for m in layers)
     if trainer.args.gradient_checkpointing and not before:
+        hooks = {m: set(m._forward_hooks) for m in model.modules()}
         model.gradient_checkpointing_enable(dict(trainer.args.gradient_checkpointing_kwargs or {}))
     on = sum(bool(m.gradient_checkpointing) for m in layers)
     if on and not before:
         model.gradient_checkpointing_disable()
+        for module, kept in hooks.items():  # on the embedding, for gradients of its output
+            for added in set(module._forward_hooks) - kept:
+                del module._forward_hooks[added]
     effective = on > 0 if on in (0, len(layers)) else f"on {on} of {len(layers)}"
     how = f"{on} of {len(layers)} modules that can recompute will"
     yield same("training.gradient_checkpointing", wanted, effective, how)

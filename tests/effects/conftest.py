@@ -15,8 +15,10 @@ def fresh_accelerate():
     import torch
     from accelerate.state import AcceleratorState, PartialState
 
-    state, before = torch.get_rng_state(), dict(os.environ)
+    state, before, threads = torch.get_rng_state(), dict(os.environ), torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     torch.set_rng_state(state)
     os.environ.clear()
     os.environ.update(before)
