@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -147,16 +146,59 @@ def tree(compose, tiny_model) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture
-def place(tmp_path) -> Callable[..., Any]:
-    """`place(tree, "a")`: the run folder below tmp_path/a with all that the training process reads."""
+def one_process():
+    """What a process keeps, put back: accelerate's precision, threads, generators. soup has one run in a process."""
+    import torch
+    from accelerate.state import AcceleratorState, PartialState
 
-    def placed(tree: dict[str, Any], root: str = "runs") -> Any:
+    state, before, threads = torch.get_rng_state(), dict(os.environ), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_rng_state(state)
+    os.environ.clear()
+    os.environ.update(before)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+@pytest.fixture
+def build(tree, tmp_path, one_process) -> Callable[..., Any]:  # noqa: ARG001
+    """`build("lora.r=4")`: what the training process holds before its first step, in this process."""
+
+    def built(*overrides: str) -> Any:
+        from soup import device, schema
+        from soup.model import source
+        from soup.train.build import build
+
+        config = schema.check(tree(*overrides))
+        return build(
+            config,
+            device=device.resolve("cpu"),
+            model_folder=source.folder(config.model),
+            output=tmp_path / "checkpoints",
+        )
+
+    return built
+
+
+@pytest.fixture
+def place(tmp_path, place_below) -> Callable[..., Any]:
+    """`place(tree, "a")`: the run folder below tmp_path/a with all that the training process reads."""
+    return lambda tree, root="runs": place_below(tmp_path / root, tree)
+
+
+@pytest.fixture(scope="session")
+def place_below() -> Callable[..., Any]:
+    """`place_below(root, tree)`: the same anywhere, for what outlives a test."""
+
+    def placed(root: Path, tree: dict[str, Any]) -> Any:
         from soup import inputs, record, schema
         from soup.model import source
 
         config = schema.check(tree)
         content = inputs.content(config, source.folder(config.model))
-        run = record.place(tmp_path / root, record.run_id(tree, content), tree, resume="auto")
+        run = record.place(root, record.run_id(tree, content), tree, resume="auto")
         record.write_json(run.folder / "inputs.json", content)
         if not run.environment.exists():
             record.write_json(run.environment, record.environment() | {"threads": 1})
@@ -165,9 +207,9 @@ def place(tmp_path) -> Callable[..., Any]:
     return placed
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def start() -> Callable[..., subprocess.Popen[str]]:
-    """Starts the training process of a run, one thread; whatever still runs at the end of the test is killed."""
+    """Starts the training process of a run, one thread; what still runs at the end of the module is killed."""
     started: list[subprocess.Popen[str]] = []
 
     def begin(
@@ -187,10 +229,10 @@ def start() -> Callable[..., subprocess.Popen[str]]:
     for process in started:
         if process.poll() is None:
             process.kill()
-        process.communicate()
+        process.wait()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def train(start) -> Callable[..., tuple[int, str]]:
     """Trains a run to its end: exit status, and what the terminal showed."""
 
@@ -202,18 +244,23 @@ def train(start) -> Callable[..., tuple[int, str]]:
     return to_its_end
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def until() -> Callable[..., None]:
     """`until(process, condition)` waits for the condition while the process lives, and fails if it ends before."""
 
-    def wait(process: subprocess.Popen[str], condition: Callable[[], Any], timeout_s: float = 120) -> None:
+    def wait(
+        process: subprocess.Popen[str],
+        condition: Callable[[], Any],
+        timeout_s: float = 120,
+        every_s: float = 0.02,
+    ) -> None:
         end = time.monotonic() + timeout_s
         while not condition():
             if process.poll() is not None:
                 pytest.fail(f"the process ended with {process.returncode} before: {process.stdout.read()}")
             if time.monotonic() > end:
-                process.send_signal(signal.SIGKILL)
+                process.kill()
                 pytest.fail(f"nothing happened in {timeout_s} s")
-            time.sleep(0.002)
+            time.sleep(every_s)
 
     return wait

@@ -50,11 +50,9 @@ def adapter(built: Any) -> Iterator[Effect]:
         effective: Any = "all-linear" if ok else f"all but {missing[:3]}, and {stray[:3]}"
     else:
         wanted = (spec.target_modules,) if isinstance(spec.target_modules, str) else spec.target_modules
-        placed = {name.rpartition(".")[2] for name in layers} | set(layers)
-        unmet = [w for w in wanted if not any(p == w or p.endswith(f".{w}") for p in placed)]
-        stray = [n for n in layers if not any(n == w or n.endswith(f".{w}") for w in wanted)]
+        named = {w: [n for n in _modules(built.model) if n == w or n.endswith(f".{w}")] for w in wanted}
         effective = sorted({name.rpartition(".")[2] for name in layers})
-        ok = bool(layers) and not unmet and not stray
+        ok = all(named.values()) and set().union(*named.values()) == set(layers)
     yield Effect(
         "lora.target_modules",
         built.config.tree["lora"]["target_modules"],
@@ -97,6 +95,12 @@ def _rate_ratio(built: Any) -> tuple[float | None, str]:
     if rates["lora_A"] == rates["lora_B"]:
         return None, how
     return max(rates["lora_B"], default=0.0) / max(rates["lora_A"], default=1.0), how
+
+
+def _modules(model: Any) -> list[str]:
+    """Names of the model's own modules, without what adapters added to them."""
+    names = (name for name, _ in model.named_modules())
+    return [name for name in names if "lora_" not in name and not name.endswith(".base_layer")]
 
 
 def _kinds(layers: Any) -> str:

@@ -94,7 +94,8 @@ def _drawn_again(built: Any, layer: Any) -> Any:
     alone = torch.nn.Module()
     alone.only = deepcopy(layer.base_layer)
     config = deepcopy(built.model.peft_config["default"])
-    config.target_modules, config.layers_to_transform, config.rank_pattern = ["only"], None, {}
+    config.target_modules, config.layers_to_transform = ["only"], None
+    config.rank_pattern, config.alpha_pattern = {}, {}
     cuda = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(built.config.training.seed)

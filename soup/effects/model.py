@@ -85,16 +85,16 @@ def quantization(built: Any) -> Iterator[Effect]:
     spec = built.config.model
     head = built.model.get_output_embeddings()
     found: dict[str, list[Any]] = {}
+    leaves: dict[str, set[str]] = {}  # q_proj and the like, to the classes that they have
     for name, module in built.model.named_modules():
         if isinstance(module, torch.nn.Linear) and "lora_" not in name and module is not head:
             found.setdefault(type(module).__name__, []).append(module)
+            leaves.setdefault(_plain(name + ".").split(".")[-2], set()).add(type(module).__name__)
     four, eight = (found.get(kind, []) for kind in QUANTIZED)
     plain = sum(map(len, found.values())) - len(four) - len(eight)
-    effective = "none"
-    if four or eight:
-        effective = (
-            "mixed" if four and eight or plain > len(four) + len(eight) else "4bit" if four else "8bit"
-        )
+    effective = "4bit" if four else "8bit" if eight else "none"
+    if any(len(kinds) > 1 for kinds in leaves.values()):
+        effective = "mixed"
     how = f"{len(four)} Linear4bit, {len(eight)} Linear8bitLt, {plain} plain modules beside the head"
     ok = effective == spec.quantization
     if four:
@@ -194,9 +194,14 @@ def _product_dtype(built: Any) -> Any:
 def _relative_error(module: Any, stored: Any) -> float:
     """Distance of a quantized layer's weight from the stored one, over the stored one's norm (Frobenius)."""
     from peft.utils.integrations import dequantize_module_weight
+    from transformers.pytorch_utils import Conv1D
 
-    live = dequantize_module_weight(module).detach().float().cpu()
-    return float((live - stored.float()).norm() / stored.float().norm().clamp(min=1e-12))
+    live, stored = dequantize_module_weight(module).detach().float().cpu(), stored.float()
+    if issubclass(getattr(module, "source_cls", object), Conv1D):  # GPT-2's, which bitsandbytes turns
+        stored = stored.T
+    if live.shape != stored.shape:
+        return float("inf")
+    return float((live - stored).norm() / stored.norm().clamp(min=1e-12))
 
 
 def _tensors(folder: Any) -> Iterator[tuple[str, Any]]:

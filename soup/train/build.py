@@ -46,12 +46,14 @@ def build(config: Config, *, device: Device, model_folder: Path, output: Path) -
     precise = precision(config.model, config.lora, device)
     tokenizer = load_tokenizer(model_folder, config.model)
     model = load_model(model_folder, config.model, precise, device)
-    trainer_class = _load(config.task.trainer)
+    trainer_class, args_class = _load(config.task.trainer), _load(config.task.config)
     set_seed(config.training.seed)  # adapters are initialised by the trainer, before it sets the seed itself
     try:
         trainer = type(trainer_class.__name__, (Resumable, trainer_class), {})(
             model=model,
-            args=_load(config.task.config)(**_arguments(config, device, precise, prepared, output)),
+            args=args_class(
+                **_own_router_loss(model, args_class) | _arguments(config, device, precise, prepared, output)
+            ),
             train_dataset=_dataset(prepared["train"]),
             eval_dataset=_dataset(prepared["eval"]) if "eval" in prepared else None,
             processing_class=tokenizer,
@@ -101,6 +103,13 @@ def _arguments(
         "report_to": "none",
         "disable_tqdm": True,
     }
+
+
+def _own_router_loss(model: Any, args_class: Any) -> dict[str, Any]:
+    """TRL would replace the weight that an MoE model's config.json gives its balancing loss by its own, 0.001."""
+    name = "router_aux_loss_coef"
+    own = getattr(model.config.get_text_config(), name, None)
+    return {name: own} if own is not None and hasattr(args_class, name) else {}
 
 
 def _dataset(prepared: Prepared) -> Any:

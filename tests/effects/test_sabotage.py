@@ -30,8 +30,6 @@ def without(owner, name, *arguments, **forced):
     """`owner.name`, a path, ignores these keyword arguments, and takes the forced ones."""
 
     def before(monkeypatch):
-        import importlib
-
         module, _, attribute = owner.partition(":")
         target = functools.reduce(getattr, attribute.split(".") if attribute else [], _import(module))
         real = getattr(target, name)
@@ -59,22 +57,19 @@ def no_seed(monkeypatch):
     monkeypatch.setattr("transformers.set_seed", lambda _seed: None)
 
 
-def sequential_sampler(monkeypatch):
-    from torch.utils.data import SequentialSampler
-    from transformers import Trainer
+def sampler(order):
+    def before(monkeypatch):
+        from transformers import Trainer
 
-    monkeypatch.setattr(
-        Trainer, "_get_train_sampler", lambda self, rows=None: SequentialSampler(self.train_dataset)
-    )
+        monkeypatch.setattr(Trainer, "_get_train_sampler", lambda self, *_: order(len(self.train_dataset)))
+
+    return before
 
 
-def unseeded_order(monkeypatch):
-    from torch.utils.data import RandomSampler
-    from transformers import Trainer
+def shuffled_by_another_seed(rows):
+    import torch
 
-    monkeypatch.setattr(
-        Trainer, "_get_train_sampler", lambda self, rows=None: RandomSampler(self.train_dataset)
-    )
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(1)).tolist()
 
 
 def sgd(monkeypatch):
@@ -89,9 +84,11 @@ def schedule_of_other_length(monkeypatch):
     from transformers import Trainer
 
     real = Trainer.create_scheduler
-    monkeypatch.setattr(
-        Trainer, "create_scheduler", lambda self, steps, optimizer=None: real(self, 2 * steps, optimizer)
-    )
+
+    def longer(self, num_training_steps, optimizer=None):
+        return real(self, 2 * num_training_steps, optimizer)
+
+    monkeypatch.setattr(Trainer, "create_scheduler", longer)
 
 
 def one_forward_of_another_package(monkeypatch):
@@ -294,6 +291,12 @@ def quantized_from_others(built):
     linear[0].weight.data = linear[0].weight.data.roll(1)
 
 
+def two_processes(_built):
+    from accelerate.state import PartialState
+
+    PartialState._shared_state["num_processes"] = 2
+
+
 NONE = "lora=none"
 BEFORE = {
     # adapters
@@ -311,7 +314,16 @@ BEFORE = {
         LORA(target_modules=["q_proj", "v_proj"]),
         "lora.target_modules",
     ),
-    "some layers only": ("", LORA(layers_to_transform=[0]), "lora.target_modules"),
+    "some layers only": (
+        "lora.target_modules=[q_proj,v_proj]",
+        LORA(layers_to_transform=[0]),
+        "lora.target_modules",
+    ),
+    "some of the modules": (
+        "",
+        LORA(target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]),
+        "lora.target_modules",
+    ),
     "embedding too": ("", head_adapted, "lora.target_modules"),
     "dora": ("lora=dora", LORA("use_dora"), "lora.use_dora"),
     "dora unasked": ("", LORA(use_dora=True), "lora.use_dora"),
@@ -349,8 +361,8 @@ BEFORE = {
     "seed": ("training.seed=7 training.data_seed=1", dropped("seed"), "training.seed"),
     "adapters' seed": ("training.seed=7", no_seed, "training.seed"),
     "seed of the order": ("training.data_seed=7", dropped("data_seed"), "training.data_seed"),
-    "order": ("", sequential_sampler, "training.data_seed"),
-    "order unseeded": ("", unseeded_order, "training.data_seed"),
+    "order": ("", sampler(range), "training.data_seed"),
+    "another order": ("", sampler(shuffled_by_another_seed), "training.data_seed"),
     "checkpoints": ("training.save_steps=2", dropped("save_steps"), "training.save_steps"),
     "checkpoints too often": (
         "training.save_steps=4",
@@ -367,7 +379,7 @@ BEFORE = {
     "evaluation": ("training.eval_steps=2", dropped("eval_strategy"), "training.eval_steps"),
     "checkpointing": (
         "training.gradient_checkpointing=true",
-        dropped("gradient_checkpointing"),
+        without("trl", "SFTConfig", gradient_checkpointing=False),
         "training.gradient_checkpointing",
     ),
     "checkpointing unasked": (
@@ -375,7 +387,6 @@ BEFORE = {
         dropped("gradient_checkpointing"),  # TRL's default is on
         "training.gradient_checkpointing",
     ),
-    "packing": ("", without("trl", "SFTConfig", padding_free=True), "training.packing"),
     "noise": ("", without("trl", "SFTConfig", neftune_noise_alpha=5.0), "training.neftune_alpha"),
     # data
     "rows prepared again": ("", dropped("dataset_kwargs"), "data.train"),
@@ -384,7 +395,8 @@ BEFORE = {
     # model
     "dtype": ("model.dtype=bfloat16", LOAD("dtype"), "model.dtype"),
     "dtype, all weights": ("model.dtype=bfloat16 lora=none", LOAD("dtype"), "model.dtype"),
-    "autocast": ("model.dtype=bfloat16", dropped("bf16"), "model.dtype"),
+    "autocast": ("model.dtype=bfloat16", without("trl", "SFTConfig", bf16=False), "model.dtype"),
+    "autocast unasked": ("model.dtype=float32", dropped("bf16"), "model.dtype"),  # TRL's default is on
     "4bit": ("model.quantization=4bit", LOAD("quantization_config"), "model.quantization"),
     "8bit": ("model.quantization=8bit", LOAD("quantization_config"), "model.quantization"),
     "4bit for 8bit": (
@@ -467,18 +479,15 @@ AFTER = {
     "noise hook": ("", noisy_embedding, "training.neftune_alpha"),
     "liger": ("", attributes("trainer.args.use_liger_kernel", True), "training.use_liger"),
     "own forward": ("", own_forward, "backend.kernels"),
+    "packing": ("", attributes("trainer.padding_free", True), "training.packing"),
     "watchdog": ("", watchdog, "training.loss_watchdog"),
     "adapters on experts": ("", expert_adapters, "training.moe_lora"),
-    "processes": (
-        "",
-        lambda b: setattr(b.trainer.accelerator.state, "num_processes", 2),
-        "distributed.processes",
-    ),
+    "processes": ("", two_processes, "distributed.processes"),
 }
 
 
 @pytest.fixture(autouse=True)
-def template_file(tmp_path, monkeypatch):
+def template_file(tmp_path):
     (tmp_path / "template.jinja").write_text("{% for m in messages %}{{ m.role + m.content }}{% endfor %}")
 
 

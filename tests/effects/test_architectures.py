@@ -1,0 +1,105 @@
+"""Probes judge other families of models as they judge Llama: an honest build of each is in force, key by key."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+SMALL = {
+    "vocab_size": 600,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GPT2 = {"vocab_size": 600, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
+FAMILIES = {
+    "qwen2": ("Qwen2", SMALL),
+    "qwen3": ("Qwen3", SMALL),
+    "mistral": ("Mistral", SMALL),
+    "gemma2": ("Gemma2", SMALL),
+    "gemma3": ("Gemma3Text", SMALL | {"num_hidden_layers": 6}),
+    "phi3": ("Phi3", {key: value for key, value in SMALL.items() if key != "head_dim"}),
+    "olmo2": ("Olmo2", {key: value for key, value in SMALL.items() if key != "head_dim"}),
+    "gpt2": ("GPT2", GPT2 | {"bos_token_id": 1, "eos_token_id": 2}),
+    "gpt_neox": (
+        "GPTNeoX",
+        {key: value for key, value in SMALL.items() if key not in ("head_dim", "num_key_value_heads")},
+    ),
+    "llama, scaled": (
+        "Llama",
+        SMALL
+        | {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 256,
+            }
+        },
+    ),
+    "mixtral": (
+        "Mixtral",
+        SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02},
+    ),
+    "qwen3 moe": (
+        "Qwen3Moe",
+        SMALL
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1},
+    ),
+}
+ADAPTED = ("lora=lora", "lora=none", "lora=dora", "model.quantization=4bit")
+EXPERTS = ("mixtral", "qwen3 moe")
+
+
+@pytest.fixture(scope="module")
+def family(model_folder, tmp_path_factory):
+    """A folder with a random model of a family."""
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            import torch
+            import transformers
+
+            kind, settings = FAMILIES[name]
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                config = getattr(transformers, f"{kind}Config")(**settings)
+                model = transformers.AutoModelForCausalLM.from_config(config)
+            made[name] = tmp_path_factory.mktemp("family") / "model"
+            shutil.copytree(model_folder, made[name])
+            model.save_pretrained(made[name])
+        return made[name]
+
+    return folder
+
+
+@pytest.mark.parametrize("adapted", ADAPTED)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_setting_is_in_force(family, build, wrong, name, adapted):
+    words = [adapted, f"model.base={family(name)}"]
+    if name in EXPERTS and adapted != "lora=none":  # all-linear has PEFT adapt the experts too
+        words.append("lora.target_modules=[q_proj,v_proj]")
+    assert wrong(build(*words)) == {}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_adapters_on_experts_are_seen(family, build, wrong, name):
+    assert "training.moe_lora" in wrong(build(f"model.base={family(name)}"))
+
+
+def test_the_router_keeps_its_coefficient(family, build, wrong):
+    built = build(f"model.base={family('mixtral')}", "lora=none")
+    assert built.model.config.router_aux_loss_coef == 0.02
+    built.model.config.router_aux_loss_coef = 0.5
+    assert "training.moe_aux_loss_coeff" in wrong(built)
