@@ -118,10 +118,12 @@ class Run:
     def tree(self) -> dict[str, Any]:
         """The frozen configuration."""
         from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
 
         try:
             return OmegaConf.to_container(OmegaConf.load(self.config), resolve=True)  # type: ignore[return-value]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
             raise RecordError(f"{self.config}: {error}") from error
 
     def result(self) -> dict[str, Any] | None:

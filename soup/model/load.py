@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from soup.device import Device
@@ -18,7 +19,8 @@ from soup.specs import LoraSpec, ModelSpec
 @dataclass(frozen=True, kw_only=True)
 class Precision:
     """`weights`: dtype that the model is loaded in. `autocast`: dtype of matrix products, `None` for the weights' own.
-    Adapters are float32 whatever the frozen weights are (PEFT's default), so small updates are not lost.
+    Adapters are float32 (PEFT's default), so small updates are not lost; beside quantized weights TRL makes them
+    bfloat16, after QLoRA (arXiv:2305.14314).
     """
 
     weights: torch.dtype
@@ -67,14 +69,15 @@ def load_model(folder: Path, spec: ModelSpec, precise: Precision, device: Device
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     options: dict[str, Any] = {"device_map": {"": device.kind}} if quantization is not None else {}
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=precise.weights,
             quantization_config=quantization,
             trust_remote_code=spec.trust_remote_code,
+            output_loading_info=True,
             **options,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         raise Refused(
             Problem(
                 key="model.base",
@@ -83,6 +86,16 @@ def load_model(folder: Path, spec: ModelSpec, precise: Precision, device: Device
                 fix="a model folder or name whose config.json describes a causal language model",
             )
         ) from error
+    if missing := sorted(loaded["missing_keys"]):  # transformers would start from random ones
+        raise Refused(
+            Problem(
+                key="model.base",
+                value=spec.base,
+                why=f"has no weights for {len(missing)} of the tensors, {missing[0]} among them",
+                fix="a folder whose weights are those of its config.json",
+            )
+        )
+    return model
 
 
 def adapter(spec: LoraSpec) -> LoraConfig | None:

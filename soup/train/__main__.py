@@ -91,11 +91,9 @@ def _failed(run: Run, console: Any, error: str, *, status: int = 1, **details: s
         run.finish("failed", error=error, **details)
     except RecordError as unwritten:
         error += f"\n{unwritten}"
-    if not details:
-        console.print(error, highlight=False, markup=False)
-    else:
-        console.print(f"failed: {error}", highlight=False, markup=False)
-        console.print(f"the traceback is in {run.folder / 'log.txt'}", highlight=False, markup=False)
+    if details:
+        error = f"failed: {error}\nthe traceback is in {run.folder / 'log.txt'}"
+    console.print(error, highlight=False, markup=False, soft_wrap=True)
     return status
 
 

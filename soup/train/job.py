@@ -31,7 +31,9 @@ def train(run: Run, display: Display, stopper: Stopper) -> str:
         NotInForce: a setting did not take effect.
     """
     config = check(run.tree())
-    say: Callable[[str], None] = lambda text: display.console.print(text, highlight=False)  # noqa: E731
+    say: Callable[[str], None] = lambda text: display.console.print(  # noqa: E731
+        text, highlight=False, soft_wrap=True
+    )
     built = prepare_run(run, config)
     _proved(built, run)
     say(f"precision: {built.precision.reason}")

@@ -1,0 +1,189 @@
+"""The rules are data: what they speak about exists, what they advise exists, and each can hold and be escaped."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from soup import rules, schema
+from soup.rules.rule import Above, Not, OneOf, Rule
+from soup.schema import GROUPS, SECTIONS
+
+CONF = Path(__file__).parents[1] / "conf"
+FACTS = {"device": ("cpu", "cuda"), "model.moe": (False, True)}
+NEVER = object()
+
+
+def read(group, choice):
+    return yaml.safe_load((CONF / group / f"{choice}.yaml").read_text()) or {}
+
+
+def leaves():
+    """Every key of every choice to its values in the YAML."""
+    found = {}
+    for group in GROUPS:
+        for path in (CONF / group).glob("*.yaml"):
+            node = read(group, path.stem)
+            for name, value in node.items():
+                if isinstance(value, dict):
+                    for leaf, inner in value.items():
+                        found.setdefault(f"{group}.{name}.{leaf}", []).append(inner)
+                else:
+                    found.setdefault(f"{group}.{name}", []).append(value)
+    whole = yaml.safe_load((CONF / "config.yaml").read_text())
+    for section in SECTIONS:
+        found |= {f"{section}.{leaf}": [value] for leaf, value in whole[section].items()}
+    return found
+
+
+LEAVES = leaves()
+NAMES = {group: {path.stem for path in (CONF / group).glob("*.yaml")} for group in GROUPS}
+FUNCTIONS = {group: set(schema._functions(group)) for group in GROUPS}
+KNOWN = {*LEAVES, *GROUPS, *FACTS, *(f"tracking.{name}" for name in FUNCTIONS["tracking"])}
+every = pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.condition())
+
+
+@every
+def test_it_says_why_and_what_to_do(rule):
+    assert rule.why and rule.fix and rule.when
+    assert not rule.why.endswith(".")
+
+
+@every
+def test_what_it_speaks_about_exists(rule):
+    assert set(rule.when) <= KNOWN
+    assert rule.key in KNOWN, "the key to blame"
+
+
+@every
+def test_the_choices_it_names_exist(rule):
+    for key, condition in rule.when.items():
+        if key in GROUPS:
+            named = condition.values if isinstance(condition, Not | OneOf) else (condition,)
+            assert set(named) <= FUNCTIONS[key], "a bare group stands for the function"
+        if key in FACTS:
+            assert condition in FACTS[key]
+
+
+@every
+def test_the_keys_it_advises_exist(rule):
+    for word in re.findall(r"([a-z_][\w.]*)=", rule.fix):
+        assert word in KNOWN, f"{word} in: {rule.fix}"
+
+
+@every
+def test_it_can_hold_and_every_condition_matters(rule):
+    meets = {key: _meeting(condition) for key, condition in rule.when.items()}
+    assert rule.holds(meets)
+    assert str(rule.problem(meets)).startswith(rule.key)
+    for key, condition in rule.when.items():
+        assert not rule.holds({**meets, key: _escaping(condition)})
+        assert not rule.holds({k: v for k, v in meets.items() if k != key}), "an unknown fact matches nothing"
+
+
+def _meeting(condition):
+    if isinstance(condition, Not):
+        return "anything" if "anything" not in condition.values else "else"
+    if isinstance(condition, OneOf):
+        return condition.values[-1]
+    return condition.bound + 1 if isinstance(condition, Above) else condition
+
+
+def _escaping(condition):
+    if isinstance(condition, Not):
+        return condition.values[0]
+    return condition.bound if isinstance(condition, Above) else NEVER
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [rule for rule in rules.RULES if rule.why.startswith("nothing reads it while")],
+    ids=lambda rule: rule.condition(),
+)
+def test_idle_keys_are_compared_with_the_default_of_the_yaml(rule):
+    (switch, off), (key, condition) = rule.when.items()
+    assert all(value == condition.values[0] for value in LEAVES[key])
+    assert all(value == off for value in LEAVES[switch])
+
+
+def test_the_default_configuration_breaks_no_rule(tree):
+    for device in ("cpu", "cuda"):
+        found = rules.facts(schema.check(tree()), device=device, model_config={"model_type": "llama"})
+        assert rules.broken(found) == []
+        assert rules.pending(found) == []
+
+
+REFUSED = {
+    "galore with an adapter": (("optim=galore",), "lora"),
+    "galore, quantized": (("optim=galore", "lora=none", "model.quantization=4bit"), "model.quantization"),
+    "galore with unsloth": (("optim=galore", "lora=none", "backend=unsloth"), "backend"),
+    "all weights, quantized": (("lora=none", "model.quantization=8bit"), "lora"),
+    "aware of no quantization": (("model.quantization_aware=true",), "model.quantization_aware"),
+    "packed pairs": (("task=dpo", "training.packing=true"), "training.packing"),
+    "experts of a dense model": (("training.moe_lora=true",), "training.moe_lora"),
+    "a router of a dense model": (("training.moe_aux_loss_coeff=0.1",), "training.moe_aux_loss_coeff"),
+    "frozen twice": (("training.freeze_layers=1", "training.freeze_ratio=0.5"), "training.freeze_ratio"),
+    "held out twice": (("data.eval=x.jsonl", "data.eval_fraction=0.1"), "data.eval_fraction"),
+    "processes of one": (("distributed.processes=2",), "distributed.processes"),
+    "a ring of one": (("longctx.use_ring_attention=true",), "longctx.use_ring_attention"),
+    "an idle knob": (("training.curriculum_buckets=3",), "training.curriculum_buckets"),
+    "an idle knob of the watchdog": (
+        ("training.loss_watchdog_action=rollback",),
+        "training.loss_watchdog_action",
+    ),
+    "PPO without a reward": (("task=ppo",), "task.reward_model"),
+    "liger on a CPU": (("training.use_liger=true",), "training.use_liger"),
+    "float16 on a CPU": (("model.dtype=float16",), "model.dtype"),
+    "dora with unsloth on a CPU": (("backend=unsloth", "lora=dora"), "lora.use_dora"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "key"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_work_is_refused(tree, overrides, key):
+    config = schema.check(tree(*overrides))
+    found = rules.facts(config, device="cpu", model_config={"model_type": "llama"})
+    assert key in {problem.key for problem in rules.broken(found)}
+
+
+def test_problems_come_together(tree):
+    config = schema.check(tree("optim=galore", "model.quantization=4bit", "training.moe_lora=true"))
+    found = rules.facts(config, device="cpu", model_config={"num_local_experts": 1})
+    assert {problem.key for problem in rules.broken(found)} >= {
+        "lora",
+        "model.quantization",
+        "training.moe_lora",
+    }
+
+
+def test_facts(tree):
+    config = schema.check(tree("lora=dora", "tracking=[wandb,tensorboard]"))
+    found = rules.facts(config, device="cuda", model_config={"num_local_experts": 8})
+    assert found["lora"] == "lora" and found["lora.use_dora"] is True
+    assert found["device"] == "cuda" and found["model.moe"] is True
+    assert found["tracking.wandb"] == "wandb" and found["tracking.tensorboard"] == "tensorboard"
+    assert "model.moe" not in rules.facts(config, device="cpu", model_config=None)
+
+
+def test_why_lists_what_is_one_step_away():
+    rule = Rule(key="lora", when={"optim": "galore", "lora": Not("none")}, why="x", fix="y")
+    assert rule.missed({"optim": "galore", "lora": "lora"}) == 0
+    assert rule.missed({"optim": "adamw", "lora": "lora"}) == 1
+    assert rule.missed({"optim": "adamw", "lora": "none"}) == 2
+    assert rule.missed({}) == 2
+
+
+def test_conditions_read_as_people_write_them():
+    rule = Rule(
+        key="a",
+        when={"optim": "galore", "lora": Not("none"), "x": OneOf(1, 2), "n": Above(1), "t": True, "z": None},
+        why="x",
+        fix="y",
+    )
+    assert rule.condition() == "optim=galore and lora not none and x=1|2 and n above 1 and t=true and z=null"
+
+
+def test_no_rule_is_there_twice():
+    assert len({rule.condition() for rule in rules.RULES}) == len(rules.RULES)
