@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from soup import cache
+from soup.errors import Problem, Refused
 from soup.model import source
 from soup.schema import Config
 
@@ -20,7 +21,7 @@ def data_arguments(config: Config, model_folder: Path) -> dict[str, Any]:
     train, held_out = data.train, data.eval
     if train is None:
         train = str(EMBEDDED / f"{config.task.embedded}.jsonl")
-        if held_out is None and data.eval_fraction == 0:
+        if held_out is None and data.eval_fraction == 0 and config.task.evaluates:
             held_out = str(EMBEDDED / f"{config.task.embedded}_eval.jsonl")
     return {
         "train": train,
@@ -41,12 +42,13 @@ def data_arguments(config: Config, model_folder: Path) -> dict[str, Any]:
 
 
 def content(config: Config, model_folder: Path) -> dict[str, str]:
-    """Hashes of what the configuration names: the data as prepared, and the model."""
+    """Hashes of what the configuration names: the data as prepared, the model, the files of the task."""
     from soup.data.prepare import fingerprint
 
     return {
         "data": fingerprint(**data_arguments(config, model_folder)),
         "model": _model_hash(config, model_folder),
+        "task": _hash([path for name in config.task.files for path in _within(Path(name).expanduser())]),
     }
 
 
@@ -54,7 +56,29 @@ def _model_hash(config: Config, model_folder: Path) -> str:
     """Of a hub snapshot its commit; of a folder its files, remembered by size and time of change."""
     if config.model.embedded or model_folder.parent.name == "snapshots":
         return model_folder.name
-    files = sorted(path for path in model_folder.iterdir() if path.is_file())
+    return _hash(_within(model_folder))
+
+
+def _within(path: Path) -> list[Path]:
+    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+
+
+def _hash(files: list[Path]) -> str:
+    """Of names and content, remembered by size and time of change.
+
+    Raises:
+        Refused: a file is not there.
+    """
+    missing = [path for path in files if not path.is_file()]
+    if missing:
+        raise Refused(
+            Problem(
+                key="task",
+                value=str(missing[0]),
+                why="there is no such file or folder",
+                fix="an existing path",
+            )
+        )
     seen = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     remembered = cache.root() / "hashes" / hashlib.sha256(json.dumps(seen).encode()).hexdigest()
     with cache.entry(remembered) as partial:

@@ -12,11 +12,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from soup.device import Device
+from soup.errors import Problem, Refused
 from soup.rules import is_moe
 from soup.schema import Config
 
 RUNTIME_BYTES = {"cpu": 750e6, "cuda": 1.5e9}  # the process with its libraries (measured); CUDA's context
 ALLOCATOR = 1.1  # freed blocks that malloc keeps: measured activations over the tensors counted below
+# Of the activations that checkpointing frees, what glibc's malloc keeps as holes between the ones that stay
+# (measured; giving it back to the system at once costs six times the step's time). A GPU's allocator reuses them.
+HOLES = {"cpu": 0.55, "cuda": 0.0}
 LOGIT_CHUNK = (
     256  # learnt tokens that TRL turns into logits at once (sft_trainer._CHUNKED_LM_HEAD_CHUNK_SIZE)
 )
@@ -164,7 +168,11 @@ def adapter_parameters(config: Config, decoder: Shape) -> int:
 
 
 def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: Lengths) -> Plan:
-    """Predicts size, steps, peak memory of one device, and disk."""
+    """Predicts size, steps, peak memory of one device, and disk.
+
+    Raises:
+        Refused: the data do not fill a single step of a task that leaves smaller ones out.
+    """
     decoder = shape(model)
     training, task, spread, lora = config.training, config.task, config.distributed, config.lora
     notes: dict[str, str] = {}
@@ -187,16 +195,30 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
         f"{training.batch_size} per device x {training.gradient_accumulation_steps} accumulation"
         f" x {replicas} replicas"
     )
-    micro = math.ceil(lengths.rows / (training.batch_size * replicas))
+    sequences = lengths.rows * task.samples
+    micro = math.ceil(sequences / (training.batch_size * replicas))
     per_epoch = max(1, math.ceil(micro / training.gradient_accumulation_steps))
+    if task.drop_last:
+        per_epoch = sequences // rows_per_step
+        if per_epoch == 0:
+            raise Refused(
+                Problem(
+                    key="training.batch_size",
+                    value=training.batch_size,
+                    why=f"a step takes {rows_per_step} sequences, and the data give {sequences}",
+                    fix="a smaller training.batch_size or training.gradient_accumulation_steps, or more data",
+                )
+            )
     steps = training.max_steps or math.ceil(training.epochs * per_epoch)
     notes["steps"] = (
         "training.max_steps"
         if training.max_steps
-        else f"{training.epochs:g} epochs x {per_epoch} steps ({lengths.rows} rows / {rows_per_step} per step)"
+        else f"{training.epochs:g} epochs x {per_epoch} steps ({sequences} rows / {rows_per_step} per step)"
     )
-    tokens_per_step = round(lengths.mean * rows_per_step * task.forwards)
+    tokens_per_step = round((lengths.mean + task.generates) * rows_per_step * task.forwards)
     notes["tokens_per_step"] = f"{rows_per_step} rows x {lengths.mean:g} tokens on average x {task.forwards}"
+    if task.generates:
+        notes["tokens_per_step"] += f", and up to {task.generates} generated"
 
     parts, notes["memory"] = _memory(config, decoder, device, lengths, dtype, trainable, adapters)
     host = 0.0
@@ -259,15 +281,19 @@ def _memory(
     weights = frozen + 4 * adapters
     if task.reference and config.lora.r is None and not task.precompute_ref:
         weights += frozen  # a frozen copy
+    weights += (task.frozen_models + task.trained_models) * frozen
     train_size = 4 if config.lora.r is not None else size
 
     ring = config.longctx.ring_size if config.longctx.use_ring_attention else 1
-    length = min(config.data.max_length, lengths.max)
+    length = min(config.data.max_length, lengths.max) + task.generates
     batch_tokens = training.batch_size * task.forwards * length / ring
     one_layer = _layer_floats(decoder) * products
+    if config.lora.use_dora:  # the frozen layer's output and the adapter's, each scaled by a magnitude
+        one_layer += 2 * sum(outputs * copies for _, _, outputs, copies in decoder.linears) * products
     if training.gradient_checkpointing:
-        activations = batch_tokens * (decoder.layers * decoder.hidden * products + one_layer)
-        how = "each layer's input, and one layer recomputed"
+        holes = HOLES[device.kind] * decoder.layers * one_layer
+        activations = batch_tokens * (decoder.layers * decoder.hidden * products + one_layer + holes)
+        how = "each layer's input, and one layer recomputed" + (", and malloc's holes" if holes else "")
     else:
         activations = batch_tokens * decoder.layers * one_layer
         how = "what backward needs of every layer"
@@ -280,8 +306,9 @@ def _memory(
     world = spread.world
     parts = {
         "weights": weights / (world if "weights" in spread.shards else 1),
-        "gradients": train_size * trainable / (world if "gradients" in spread.shards else 1),
-        "optimizer": _optimizer_bytes(config, decoder, trainable)
+        "gradients": (train_size * trainable + task.trained_models * size * decoder.total)
+        / (world if "gradients" in spread.shards else 1),
+        "optimizer": _optimizer_bytes(config, decoder, trainable + task.trained_models * decoder.total)
         / (world if "optimizer" in spread.shards else 1),
         "activations": ALLOCATOR * activations,
         "logits": logits,

@@ -33,11 +33,19 @@ class Spec:
 class TaskSpec(Spec):
     """A training task.
 
-    `trainer`, `config`: import paths `module:Class` of TRL's trainer and its configuration class.
+    `trainer`, `config`: import paths `module:Class` of the trainer and its configuration class.
+    `extra`: function below `soup.train`, as `module:function`, that builds further arguments of the trainer.
     `shape`: the data it trains on: conversation, text, preference, unpaired or prompt.
     `embedded`: the data set inside the package that it uses when `data.train` is not given.
     `max_length`: the configuration argument that receives `data.max_length`, `None` if it has none.
-    `forwards`: sequences that pass the model for one row of data (2 for a preference pair).
+    `head`: what the model ends in: `causal` (the next token) or `score` (one number).
+    `samples`: sequences that one row of data stands for in the batch (GRPO's generations).
+    `drop_last`: whether an epoch's last, smaller batch is left out.
+    `rewards`: names of reward functions. `files`: local files and folders that are part of what the run is.
+    `generates`: tokens that are generated for each sequence, at most.
+    `frozen_models`, `trained_models`: models of the policy's size beside it and its reference.
+    `forwards`: sequences that pass the model for one row of the batch (2 for a preference pair).
+    `evaluates`: whether the trainer can evaluate held-out rows.
     `reference`: whether the loss needs a frozen reference policy.
     """
 
@@ -45,8 +53,18 @@ class TaskSpec(Spec):
     config: str
     shape: str
     embedded: str
+    extra: str | None = None
     max_length: str | None = "max_length"
+    head: str = "causal"
+    samples: int = 1
+    drop_last: bool = False
+    rewards: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    generates: int = 0
+    frozen_models: int = 0
+    trained_models: int = 0
     forwards: int = 1
+    evaluates: bool = True
     reference: bool = False
     precompute_ref: bool = False
 

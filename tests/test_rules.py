@@ -13,7 +13,12 @@ from soup.rules.rule import Above, Not, OneOf, Rule
 from soup.schema import GROUPS, SECTIONS
 
 CONF = Path(__file__).parents[1] / "conf"
-FACTS = {"device": ("cpu", "cuda"), "model.moe": (False, True)}
+FACTS = {
+    "device": ("cpu", "cuda"),
+    "model.moe": (False, True),
+    "task.whole_groups": (False,),
+    "task.weighed": (False,),
+}
 NEVER = object()
 
 

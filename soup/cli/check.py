@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from soup import cache, inputs, rules
+from soup import cache, inputs, rewards, rules
 from soup.cli.compose import Point
 from soup.data.report import Report
 from soup.device import Device, resolve
@@ -21,7 +21,7 @@ from soup.schema import Config, check, merge_arguments
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """A point that can work."""
+    """A point that can work. `model_folder`: the model's, or for a plan that of what stands in for its tokenizer."""
 
     point: Point
     config: Config
@@ -77,21 +77,22 @@ def _checked(point: Point, *, train: bool) -> Checked:
     if train and (problems := _here(config, device)):
         raise Refused(problems)
     merge_arguments(config)
-    model_folder = source.folder(config.model)
-    model_config = source.config(model_folder)
-    facts = rules.facts(config, device=device.kind, model_config=model_config)
+    rewards.load(config.task.rewards)
+    model = source.described(config.model, weights=train)
+    facts = rules.facts(config, device=device.kind, model_config=model.config)
     if problems := rules.broken(facts):
         raise Refused(problems)
     if train and (unbuilt := rules.pending(facts)):
         raise NotAvailableYet(unbuilt)
-    reports = _reports(config, model_folder, train)
+    reports = _reports(config, model.folder, train)
+    planned = plan(config, model=model.config, device=device, lengths=_lengths(reports))
     return Checked(
         point=point,
         config=config,
         device=device,
-        model_folder=model_folder,
+        model_folder=model.folder,
         reports=reports,
-        plan=plan(config, model=model_config, device=device, lengths=_lengths(reports)),
+        plan=replace(planned, notes=planned.notes | model.notes),
     )
 
 
@@ -127,7 +128,23 @@ def _reports(config: Config, model_folder: Path, train: bool) -> dict[str, Repor
 
     arguments = inputs.data_arguments(config, model_folder)
     if train:
-        return {split: one.report for split, one in prepare.prepare(**arguments).items()}
+        prepared = prepare.prepare(**arguments)
+        lacking = {
+            column: reward
+            for column, reward in rewards.columns(config.task.rewards).items()
+            if any(column not in one.columns for one in prepared.values())
+        }
+        if lacking:
+            raise Refused(
+                Problem(
+                    key=rewards.KEY,
+                    value=reward,
+                    why=f"compares with the column `{column}`, which the data do not have",
+                    fix=f"data with {column}, or another reward; columns: {', '.join(prepared['train'].columns)}",
+                )
+                for column, reward in lacking.items()
+            )
+        return {split: one.report for split, one in prepared.items()}
     measured = cache.root() / "lengths" / prepare.fingerprint(**arguments)
     with cache.entry(measured) as partial:
         if partial is not None:

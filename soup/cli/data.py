@@ -28,7 +28,7 @@ def data(points: Sequence[Point], args: Namespace) -> int:  # noqa: ARG001
         facts = rules.facts(config, device=resolve(config.launch.device).kind, model_config=None)
         if problems := [p for p in rules.broken(facts) if p.key.startswith(("data.", "training.packing"))]:
             raise Refused(problems)
-        folder = source.folder(config.model)
+        folder = source.folder(config.model, weights=False)
         prepared = prepare(**inputs.data_arguments(config, folder))
         encoder = Encoder(
             folder,

@@ -12,6 +12,8 @@ from soup.cli.compose import Point
 from soup.errors import Refused
 from soup.plan import Plan
 
+STANDS_IN = ("model", "lengths")  # notes of a plan for a model that is not on this machine
+
 
 def plan(points: Sequence[Point], args: Namespace) -> int:
     """Prints the plan of one point, or a table of all points; invalid ones are refused unless told otherwise."""
@@ -51,7 +53,11 @@ def _table(points: Sequence[Point], found: Sequence[Checked | Refused]) -> None:
             table.add_row(
                 words, "yes", _bytes(p.peak_memory_bytes), str(p.steps), f"{p.tokens:,}", _bytes(p.disk_bytes)
             )
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    plans = [one.plan for one in found if isinstance(one, Checked)]
+    for note in dict.fromkeys(plan.notes[name] for plan in plans for name in STANDS_IN if name in plan.notes):
+        console.print(note, markup=False)
 
 
 def _show(one: Checked) -> None:
@@ -75,6 +81,7 @@ def _show(one: Checked) -> None:
         *((f"  {name}", _bytes(size), "") for name, size in p.memory.items()),
         *([("host memory", _bytes(p.host_memory_bytes), "offloaded")] if p.host_memory_bytes else []),
         ("disk", _bytes(p.disk_bytes), p.notes["disk"]),
+        *((name, "", p.notes[name]) for name in STANDS_IN if name in p.notes),
     )
     for row in rows:
         table.add_row(*row)

@@ -46,6 +46,6 @@ def why(points: Sequence[Point], args: Namespace) -> int:  # noqa: ARG001
 def _model_config(config: Config) -> Mapping[str, Any] | None:
     """The model's config.json where it is at hand; a rule about a model that cannot be had is not asked."""
     try:
-        return source.config(source.folder(config.model))
+        return source.described(config.model, weights=False).config
     except Refused:
         return None

@@ -49,11 +49,11 @@ def _side_type(value: Any) -> Any:
 def _schema(shape: str, row: dict[str, Any]) -> Any:
     import pyarrow as pa
 
+    ids = pa.list_(pa.int32())
     if shape in TOKENISED:
-        return pa.schema({name: pa.list_(pa.int32()) for name in row})
-    return pa.schema(
-        {name: pa.bool_() if name == "label" else _side_type(value) for name, value in row.items()}
-    )
+        return pa.schema(dict.fromkeys(row, ids))
+    kinds = {"label": pa.bool_()} | {name: ids for name in row if name.endswith("_ids")}
+    return pa.schema({name: kinds.get(name) or _side_type(value) for name, value in row.items()})
 
 
 def _inferred(rows: list[dict[str, Any]], files: list[Path]) -> Any:

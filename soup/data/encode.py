@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soup.data.rows import BadRow
-from soup.data.shapes import TOKENISED
+from soup.data.shapes import ANSWERS, TOKENISED
 from soup.data.template import Span, Template, training_variant
 from soup.data.tokenizer import TokenizerFiles
 from soup.errors import Problem, Refused
@@ -27,7 +27,7 @@ ON_TOO_LONG = ("truncate", "skip", "refuse")
 class Encoded:
     """One example for the trainer. `length` and `learnt` count tokens, after truncation where there is one.
 
-    `full_length` is the length before it; for pairs, which TRL truncates, it is that of the longer side.
+    `full_length` is the length before it. A pair counts as its longer side.
     `nothing_left`: truncated to `max_length`, it would have nothing to learn from.
     """
 
@@ -154,7 +154,9 @@ class Encoder:
         """One example of `shape` (`soup.data.shapes`). Raises BadRow where nothing in it could be learnt.
 
         `columns` holds, for `conversation` and `text`, `input_ids` and `labels` (MASKED where not learnt),
-        truncated at the end to `max_length`; for the other shapes the example as it is.
+        truncated at the end to `max_length`. For pairs and rated answers it holds the example, `prompt_ids`, and
+        the ids of each answer (`chosen_ids`, `rejected_ids`, `completion_ids`), which end where prompt and answer
+        reach `max_length`. A prompt alone stays as it is.
         """
         result = self.encode_batch(shape, [example])[0]
         if isinstance(result, BadRow):
@@ -188,7 +190,9 @@ class Encoder:
                 continue
             tokens = [next(encodings[one.special]) for _ in one.texts]
             results.append(
-                self._labelled(tokens, one.spans) if shape in TOKENISED else self._measured(tokens, example)
+                self._labelled(tokens, one.spans)
+                if shape in TOKENISED
+                else self._sided(tokens, example, shape)
             )
         return results
 
@@ -211,9 +215,8 @@ class Encoder:
         return _Rendered((text,), special=False, spans=spans)
 
     def _render_sides(self, shape: str, example: dict[str, Any]) -> _Rendered:
-        """Prompt first, then prompt and each answer, as TRL's trainers will tokenise them."""
-        prompt = example["prompt"]
-        names = {"preference": ("chosen", "rejected"), "unpaired": ("completion",), "prompt": ()}[shape]
+        """Prompt first, then prompt and each answer, as TRL's trainers tokenise them."""
+        prompt, names = example["prompt"], ANSWERS[shape]
         if isinstance(prompt, str):
             return _Rendered((prompt, *(prompt + self._ended(example[name]) for name in names)), special=True)
         sides = [self.template.render([*prompt, *example[name]]) for name in names]
@@ -247,17 +250,21 @@ class Encoder:
             nothing_left=learnt == 0,
         )
 
-    def _measured(self, encodings: list[Encoding], example: dict[str, Any]) -> Encoded:
-        """Lengths only. `nothing_left` as TRL drops rows: where the prompt alone fills `max_length`."""
-        prompt, *sides = (len(encoding.ids) for encoding in encodings)
-        full = max([prompt, *sides])
-        kept = [min(side, self.max_length) for side in sides]
+    def _sided(self, encodings: list[Encoding], example: dict[str, Any], shape: str) -> Encoded:
+        """`nothing_left` as TRL drops rows: where the prompt alone fills `max_length`."""
+        prompt_T, *sides_T = (encoding.ids for encoding in encodings)
+        asked = len(prompt_T)
+        answers = {
+            f"{name}_ids": side_T[asked : self.max_length]
+            for name, side_T in zip(ANSWERS[shape], sides_T, strict=True)
+        }
+        full = max(asked, *map(len, sides_T)) if sides_T else asked
         return Encoded(
-            example,
+            {**example, **({"prompt_ids": prompt_T} if answers else {}), **answers},
             full_length=full,
             length=min(full, self.max_length),
-            learnt=sum(max(side - prompt, 0) for side in kept),
-            nothing_left=prompt >= self.max_length,
+            learnt=max(map(len, answers.values()), default=0),
+            nothing_left=asked >= self.max_length,
         )
 
 

@@ -17,7 +17,8 @@ ACCEPTS = {
     "prompt": ("prompt", "prompt_completion", *_CHATS),
 }
 SHAPES = tuple(ACCEPTS)
-TOKENISED = ("conversation", "text")  # the other shapes TRL's trainers tokenise themselves
+TOKENISED = ("conversation", "text")  # one sequence a row; the other shapes have a prompt apart
+ANSWERS = {"preference": ("chosen", "rejected"), "unpaired": ("completion",), "prompt": ()}
 _CONVERT = {
     "conversation": "keep one answer a row as prompt and completion, or the turns as messages",
     "text": 'write each document as {"text": ...}, or as a text file',

@@ -75,7 +75,7 @@ def _sides(row: dict[str, Any], console: Console) -> None:
         table.add_row(*(_side(row[name]) for name in answers))
         console.print(table)
     for name, value in row.items():
-        if name not in ("prompt", *answers):
+        if name not in ("prompt", *answers) and not name.endswith("_ids"):
             console.print(Text(f"{name}: ", style="bold") + Text(str(value)[:_LIMIT]))
 
 

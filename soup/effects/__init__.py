@@ -54,10 +54,11 @@ def prove(built: Any) -> list[Effect]:
             if effect.key not in found or found[effect.key].ok:  # what one probe found wrong stays wrong
                 found[effect.key] = effect
     leaves = dict(_leaves(built.config.tree))
-    stray = set(found) - set(leaves)
+    named = {f"{group}.name" for group in GROUPS}
+    stray = set(found) - set(leaves) - named
     if stray:
         raise KeyError(f"probes speak about keys that do not exist: {sorted(stray)}")
-    proved = []
+    proved = [found[key] for key in sorted(named & set(found))]
     for key, value in leaves.items():
         elsewhere = next((why for prefix, why in ELSEWHERE.items() if key.startswith(prefix)), None)
         if key in found:

@@ -35,7 +35,7 @@ def adapter(built: Any) -> Iterator[Effect]:
     yield same("lora.use_dora", spec.use_dora, dora, how)
     ratio, how = _rate_ratio(built)
     yield same("lora.loraplus_lr_ratio", spec.loraplus_lr_ratio, ratio, how)
-    head = built.model.get_output_embeddings()
+    heads = _heads(built)
     if spec.target_modules == "all-linear":
         linear = [
             name
@@ -43,7 +43,7 @@ def adapter(built: Any) -> Iterator[Effect]:
             if (isinstance(m, torch.nn.Linear) or hasattr(m, "base_layer"))
             and "lora_" not in name
             and not name.endswith(".base_layer")
-            and m is not head
+            and m not in heads
         ]
         missing, stray = sorted(set(linear) - set(layers)), sorted(set(layers) - set(linear))
         ok = bool(layers) and not missing and not stray
@@ -72,7 +72,13 @@ def trainable(built: Any) -> Iterator[Effect]:
             how = f"{sum(trains.values()):,} of {total:,} parameters train"
             yield Effect("training.freeze_layers", 0, "some weights are frozen", False, how)
         return
-    foreign = [name for name in trains if "lora_" not in name]
+    heads = {id(p) for head in _heads(built) for p in head.parameters()}
+    held = {id(p): name for name, p in built.model.named_parameters() if p.requires_grad}
+    foreign = [
+        name
+        for key, name in held.items()
+        if "lora_" not in name and not (built.config.task.head == "score" and key in heads)
+    ]
     still = [name for name, p in built.model.named_parameters() if "lora_" in name and not p.requires_grad]
     if foreign or still or not trains:
         how = (
@@ -80,6 +86,13 @@ def trainable(built: Any) -> Iterator[Effect]:
         )
         asked = built.config.tree["lora"]["target_modules"]
         yield Effect("lora.target_modules", asked, foreign[:3] or still[:3], False, how)
+
+
+def _heads(built: Any) -> list[Any]:
+    """What the model ends in, which `all-linear` passes by; a reward model's trains whole."""
+    if built.config.task.head == "score":
+        return [m for name, m in built.model.named_modules() if ".score" in f".{name}"]
+    return [built.model.get_output_embeddings()]
 
 
 def _rate_ratio(built: Any) -> tuple[float | None, str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from soup.effects import Effect, same
+
+PROMPTS = 1000  # that are tokenised to see how long they are
 
 
 def rows(built: Any) -> Iterator[Effect]:
@@ -17,12 +20,22 @@ def rows(built: Any) -> Iterator[Effect]:
     prepared = built.prepared["train"]
     report = prepared.report
 
-    def intact(dataset: Any, entry: Any) -> bool:
+    def intact(dataset: Any, entry: Any, ordered: bool = True) -> bool:
+        """Of the columns that the trainer kept; a reward model's have prompt and answer in one."""
         with pa.memory_map(str(entry.open())) as file:
             table = pa.ipc.open_stream(file).read_all()
-        return dataset._indices is None and dataset.data.table.equals(table)
+        whole = built.config.task.head == "score"
+        if "input_ids" in table.column_names:
+            return dataset._indices is None and dataset.data.table.equals(table)
+        names = [n for n in table.column_names if n in dataset.column_names]
+        names = [n for n in names if not (whole and n.endswith("_ids"))]
+        held = dataset.with_format("arrow")[:].select(names)
+        table = table.select(names).cast(held.schema)
+        if ordered:
+            return bool(names) and held.equals(table)
+        return bool(names) and Counter(map(repr, held.to_pylist())) == Counter(map(repr, table.to_pylist()))
 
-    ok = intact(trainer.train_dataset, prepared)
+    ok = intact(trainer.train_dataset, prepared, trainer.args.train_sampling_strategy != "sequential")
     how = f"the trainer holds {len(trainer.train_dataset)} rows, {report.rows} were prepared"
     yield Effect("data.train", data["train"], f"{len(trainer.train_dataset)} rows", ok, how)
     held_out = trainer.eval_dataset
@@ -54,18 +67,35 @@ def sequence_length(built: Any) -> Iterator[Effect]:
     """The longest row that the trainer holds."""
     data = built.config.data
     report = built.prepared["train"].report
-    columns = built.trainer.train_dataset.column_names
-    if "input_ids" in columns:
-        import pyarrow.compute as pc
+    rows = built.trainer.train_dataset
+    prompts = "prompt_ids" not in rows.column_names and "input_ids" not in rows.column_names
+    if prompts:
+        from soup.effects.task import tokenised
 
-        longest = int(
-            pc.max(pc.list_value_length(built.trainer.train_dataset.data.column("input_ids"))).as_py()
+        longest = max(len(tokenised(built.tokenizer, prompt)) for prompt in rows[:PROMPTS]["prompt"])
+        how = "the longest prompt, as the trainer's tokenizer gives it"
+    else:
+        examples = [rows[i] for i in _longest(rows)]
+        batch = built.trainer.data_collator([dict(example) for example in examples])
+        longest = max(
+            int(mask.sum(-1).max()) for name, mask in batch.items() if name.endswith("attention_mask")
         )
-        how = f"the longest row the trainer holds; {report.truncated} rows were truncated"
-        yield Effect("data.max_length", data.max_length, longest, longest <= data.max_length, how)
+        how = "the longest rows the trainer holds, as its collator gives them"
+    how += f"; {report.truncated} rows were truncated"
+    yield Effect("data.max_length", data.max_length, longest, longest <= data.max_length, how)
     lost = f"{report.truncated} truncated, {report.skipped + report.dropped_nothing_left} left out"
     ok = data.on_too_long == "truncate" or report.truncated == 0
     yield Effect("data.on_too_long", data.on_too_long, lost, ok, "counted while tokenising")
+
+
+def _longest(rows: Any) -> list[int]:
+    """Numbers of the rows that have most tokens, one for each column of tokens."""
+    import pyarrow.compute as pc
+
+    columns = [name for name in rows.column_names if name.endswith(("_ids", "input_ids"))]
+    table = rows.with_format("arrow")[:]
+    lengths = [pc.list_value_length(table.column(name)) for name in columns]
+    return list(dict.fromkeys(pc.index(one, pc.max(one)).as_py() for one in lengths))
 
 
 def label_mask(built: Any) -> Iterator[Effect]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -16,8 +17,11 @@ def length(built: Any) -> Iterator[Effect]:
     training = built.config.training
     trainer = built.trainer
     steps = max_steps(trainer)
-    micro = -(-len(trainer.train_dataset) // (training.batch_size * built.config.distributed.world))
-    per_epoch = max(1, -(-micro // training.gradient_accumulation_steps))
+    task, width = built.config.task, training.batch_size * built.config.distributed.world
+    sequences = len(trainer.train_dataset) * task.samples
+    per_epoch = max(1, math.ceil(math.ceil(sequences / width) / training.gradient_accumulation_steps))
+    if task.drop_last:
+        per_epoch = sequences // (width * training.gradient_accumulation_steps)
     if training.max_steps is not None:
         yield same("training.max_steps", training.max_steps, steps, "steps of the schedule")
         yield Effect("training.epochs", training.epochs, steps / per_epoch, True, "training.max_steps wins")
@@ -33,8 +37,10 @@ def batch(built: Any) -> Iterator[Effect]:
     trainer = built.trainer
     training = built.config.training
     first = next(iter(_batches(built)))
-    rows = len(first)
-    wanted = min(training.batch_size, len(trainer.train_dataset))
+    rows = len(first) // (
+        getattr(trainer.args, "steps_per_generation", None) or 1
+    )  # GRPO's loader gives them at once
+    wanted = min(training.batch_size, len(trainer.train_dataset) * built.config.task.samples)
     key = "training.batch_size"
     yield Effect(key, training.batch_size, rows, rows == wanted, "rows of the loader's first batch")
     accelerator = trainer.accelerator.gradient_accumulation_steps
@@ -105,15 +111,29 @@ def _drawn_again(built: Any, layer: Any) -> Any:
 
 
 def data_order(built: Any) -> Iterator[Effect]:
-    """The rows that the sampler will draw first, against torch's permutation from the seed."""
+    """The rows that the sampler will draw first, against torch's permutation from the seed.
+
+    Where rows are taken as they lie (KTO), the rows themselves must be in that order.
+    """
     import torch
 
     training = built.config.training
     drawn = list(itertools.islice(itertools.chain.from_iterable(_batches(built)), 32))
+    if built.config.task.samples > 1:
+        drawn = list(dict.fromkeys(drawn))
     rows = len(built.trainer.train_dataset)
     generator = torch.Generator()
     generator.manual_seed(training.data_seed)
     expected = torch.randperm(rows, generator=generator).tolist()[: len(drawn)]
+    if built.trainer.args.train_sampling_strategy == "sequential":
+        from soup.data.arrow import first
+
+        prepared = first(built.prepared["train"].open(), rows)
+        held = built.trainer.train_dataset.select_columns(list(prepared[0]))
+        drawn = [
+            there if held[here] == prepared[there] else -1
+            for here, there in zip(drawn, expected, strict=True)
+        ]
     how = f"the sampler draws rows {drawn[:6]} first"
     requested = built.config.tree["training"]["data_seed"]
     effective = training.data_seed if drawn == expected else f"another order, {drawn[:6]}"
@@ -184,7 +204,6 @@ def features_off(built: Any) -> Iterator[Effect]:
     tree = built.config.tree["training"]
     classes = {type(module).__module__ for module in model.modules()}
     callbacks = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
-    sampler = _sampler(trainer)
     noise = trainer.neftune_noise_alpha or _embedding_is_noisy(model)
 
     def off(key: str, on: bool, how: str) -> Effect:
@@ -208,9 +227,9 @@ def features_off(built: Any) -> Iterator[Effect]:
     key = "training.moe_aux_loss_coeff"
     how = f"the router's coefficient in the model's own config.json is {own}"
     yield Effect(key, tree["moe_aux_loss_coeff"], live, live == own, how)
-    ordered = type(sampler).__name__ not in ("RandomSampler", "SeedableRandomSampler")
+    ordered = not next(data_order(built)).ok
     for key in ("curriculum", "curriculum_metric", "curriculum_buckets"):
-        yield off(key, ordered, f"rows are drawn by {type(sampler).__name__}")
+        yield off(key, ordered, "rows come as a random permutation has them")
     frozen = _frozen_layers(built)
     for key in ("freeze_layers", "freeze_ratio"):
         yield off(key, frozen > 0, f"{frozen} layers have nothing that trains")
@@ -262,14 +281,6 @@ def _frozen_layers(built: Any) -> int:
                 parameters = {name: p for name, p in parameters.items() if "lora_" in name}
             frozen += bool(parameters) and not any(p.requires_grad for p in parameters.values())
     return frozen
-
-
-def _sampler(trainer: Any) -> Any:
-    """The sampler at the bottom of the training loader's batch samplers."""
-    sampler = trainer.get_train_dataloader().batch_sampler
-    while hasattr(sampler, "batch_sampler"):
-        sampler = sampler.batch_sampler
-    return getattr(sampler, "sampler", sampler)
 
 
 def _batches(built: Any) -> Iterator[list[int]]:

@@ -9,11 +9,19 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
 
 from soup.device import Device
 from soup.errors import Problem, Refused
 from soup.specs import LoraSpec, ModelSpec
+
+SCORE = {"score.weight"}  # the head of a reward model, drawn from the seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +63,14 @@ def load_tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(folder: Path, spec: ModelSpec, precise: Precision, device: Device) -> torch.nn.Module:
-    """The causal language model, quantized if asked, on `device`."""
+def load_model(
+    folder: Path, spec: ModelSpec, precise: Precision, device: Device, *, head: str = "causal"
+) -> torch.nn.Module:
+    """The causal language model, quantized if asked, on `device`; with `head="score"` it ends in one new number.
+
+    Raises:
+        Refused: the folder holds no such model, or not all of its weights.
+    """
     quantization = None
     if spec.quantization == "4bit":
         quantization = BitsAndBytesConfig(
@@ -68,8 +82,12 @@ def load_model(folder: Path, spec: ModelSpec, precise: Precision, device: Device
     elif spec.quantization == "8bit":
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     options: dict[str, Any] = {"device_map": {"": device.kind}} if quantization is not None else {}
+    kind: Any = AutoModelForCausalLM
+    if head == "score":
+        kind = AutoModelForSequenceClassification
+        options["num_labels"] = 1
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = kind.from_pretrained(
             folder,
             dtype=precise.weights,
             quantization_config=quantization,
@@ -86,7 +104,7 @@ def load_model(folder: Path, spec: ModelSpec, precise: Precision, device: Device
                 fix="a model folder or name whose config.json describes a causal language model",
             )
         ) from error
-    if missing := sorted(loaded["missing_keys"]):  # transformers would start from random ones
+    if missing := sorted(set(loaded["missing_keys"]) - SCORE):  # transformers would start from random ones
         raise Refused(
             Problem(
                 key="model.base",
@@ -98,7 +116,7 @@ def load_model(folder: Path, spec: ModelSpec, precise: Precision, device: Device
     return model
 
 
-def adapter(spec: LoraSpec) -> LoraConfig | None:
+def adapter(spec: LoraSpec, head: str = "causal") -> LoraConfig | None:
     """PEFT's configuration, `None` where all weights train."""
     if spec.r is None:
         return None
@@ -107,7 +125,7 @@ def adapter(spec: LoraSpec) -> LoraConfig | None:
         one = isinstance(spec.target_modules, str)
         modules = [spec.target_modules] if one else list(spec.target_modules)
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if head == "score" else "CAUSAL_LM",
         r=spec.r,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,

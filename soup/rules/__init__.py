@@ -2,7 +2,8 @@
 
 A rule holds when every condition of its `when` does. Three kinds of facts are looked at: every leaf of the
 configuration by its full key, each group's chosen function by the group's name, and `device` (cpu or cuda: what
-the run will train on) and `model.moe` (from the model's config.json). A fact that is not known matches nothing.
+the run will train on), `model.moe` (from the model's config.json), and two sums that no key holds: `task.whole_groups`
+and `task.weighed`. A fact that is not known matches nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ def facts(config: Config, *, device: str, model_config: Mapping[str, Any] | None
             found[group] = node["name"]
     for tracker in config.tracking:
         found[f"tracking.{tracker.name}"] = tracker.name
+    rows = config.training.batch_size * config.training.gradient_accumulation_steps * config.distributed.world
+    found["task.whole_groups"] = rows % config.task.samples == 0
+    weights = config.task.args.get("reward_weights")
+    found["task.weighed"] = weights is None or len(weights) == len(config.tree["task"]["rewards"])
     if model_config is not None:
         found["model.moe"] = is_moe(model_config)
     return found

@@ -282,13 +282,51 @@ RULES: tuple[Rule, ...] = (
     _idle("training.loss_watchdog", False, "training.loss_watchdog_action", "stop"),
     # Tasks
     Rule(
+        key="training.batch_size",
+        when={"task": "kto", "training.batch_size": 1},
+        why="KTO's KL is that of answers paired with another prompt of the same batch, and there is no other",
+        fix="training.batch_size=2 or more, with less of training.gradient_accumulation_steps",
+        source="arXiv:2402.01306",
+    ),
+    Rule(
+        key="task.num_generations",
+        when={"task": "grpo", "task.whole_groups": False},
+        why="batch_size x gradient_accumulation_steps must hold whole groups of answers to one prompt",
+        fix="training.batch_size=8 task.num_generations=4, for example",
+        source="arXiv:2402.03300",
+    ),
+    Rule(
+        key="task.reward_weights",
+        when={"task": "grpo", "task.weighed": False},
+        why="needs one weight for each of task.rewards",
+        fix="task.reward_weights=null, or as many as task.rewards",
+    ),
+    Rule(
+        key="data.eval",
+        when={"task": "ppo", "data.eval": Not(None)},
+        why="TRL's PPO trainer does not evaluate, so nothing would read it",
+        fix="data.eval=null",
+    ),
+    Rule(
+        key="data.eval_fraction",
+        when={"task": "ppo", "data.eval_fraction": Above(0)},
+        why="TRL's PPO trainer does not evaluate, so rows would be held out for nothing",
+        fix="data.eval_fraction=0.0",
+    ),
+    Rule(
+        key="lora.dropout",
+        when={"task": "ppo", "lora.dropout": Above(0)},
+        why="TRL's PPO trainer turns dropout off: old and new probabilities must come from one policy",
+        fix="lora.dropout=0.0",
+    ),
+    Rule(
         key="task.reward_model",
         when={"task": "ppo", "task.reward_model": None},
         why="PPO learns from a reward model",
         fix="task.reward_model=FOLDER, as `python -m soup task=reward` trains one from preference pairs",
     ),
     # Composes and plans; the training part is not built yet
-    _pending("task", Not("sft", "pretrain")),
+    _pending("task", "ppo"),
     _pending("backend", "unsloth"),
     _pending("optim", Not("adamw")),
     _pending("distributed", Not("none")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,9 @@ def build(config: Config, *, device: Device, model_folder: Path, output: Path) -
     prepared = prepare(**data_arguments(config, model_folder))
     precise = precision(config.model, config.lora, device)
     tokenizer = load_tokenizer(model_folder, config.model)
-    model = load_model(model_folder, config.model, precise, device)
+    set_seed(config.training.seed)  # a new head is drawn while loading
+    model = load_model(model_folder, config.model, precise, device, head=config.task.head)
+    extra = _load(f"soup.train.{config.task.extra}") if config.task.extra else lambda *_: {}
     trainer_class, args_class = _load(config.task.trainer), _load(config.task.config)
     set_seed(config.training.seed)  # adapters are initialised by the trainer, before it sets the seed itself
     try:
@@ -57,7 +60,8 @@ def build(config: Config, *, device: Device, model_folder: Path, output: Path) -
             train_dataset=_dataset(prepared["train"]),
             eval_dataset=_dataset(prepared["eval"]) if "eval" in prepared else None,
             processing_class=tokenizer,
-            peft_config=adapter(config.lora),
+            peft_config=adapter(config.lora, config.task.head),
+            **extra(config, model_folder, precise, device),
         )
     except ValueError as error:
         if "arget modules" not in str(error):
@@ -98,8 +102,8 @@ def _arguments(
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "dataloader_pin_memory": device.kind == "cuda",
         "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
-        "include_num_input_tokens_seen": "non_padding",
         "eval_strategy": "steps" if "eval" in prepared else "no",
+        "per_device_eval_batch_size": math.lcm(config.training.batch_size, config.task.samples),
         "report_to": "none",
         "disable_tqdm": True,
     }

@@ -19,6 +19,8 @@ from soup.record import write_json
 KEPT = 2  # checkpoints; one more than the newest, should that be unreadable
 STATE = "soup_state.json"
 PARTIAL = ".partial"
+MASKS = ("attention_mask", "chosen_attention_mask", "rejected_attention_mask")
+SUMS = ("_metrics", "_stored_metrics")  # of TRL's trainers: mode to metric to values since the last log
 
 
 class Resumable:
@@ -29,6 +31,13 @@ class Resumable:
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._partial) if self._partial is not None else super()._get_output_dir(trial)
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Counts tokens that are not padding, those of both sides of a pair too; GRPO counts what it generates."""
+        if isinstance(inputs, dict):
+            masks = [mask for name, mask in inputs.items() if name in MASKS]
+            self.state.num_input_tokens_seen += sum(int(mask.sum()) for mask in masks)
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL writes one at each checkpoint; soup writes its own, once, with the configuration."""
@@ -70,7 +79,10 @@ class Resumable:
             "loss_sum": self._tr_loss.item(),
             "loss_total": self._total_loss_scalar,
             "last_logged_step": self._globalstep_last_logged,
-            "metrics": {mode: dict(values) for mode, values in getattr(self, "_metrics", {}).items()},
+            "metrics": {
+                name: {mode: dict(values) for mode, values in getattr(self, name, {}).items()}
+                for name in SUMS
+            },
             "train_tokens": getattr(self, "_total_train_tokens", None),
             "metrics_bytes": self.metrics_file.stat().st_size if self.metrics_file.exists() else 0,
         }
@@ -81,8 +93,9 @@ class Resumable:
         self._tr_loss = torch.tensor(state["loss_sum"], device=self.args.device)
         self._total_loss_scalar = state["loss_total"]
         self._globalstep_last_logged = state["last_logged_step"]
-        for mode, values in state["metrics"].items():
-            self._metrics[mode] = defaultdict(list, values)
+        for name, modes in state["metrics"].items():
+            for mode, values in modes.items():
+                getattr(self, name)[mode] = defaultdict(list, values)
         if state["train_tokens"] is not None:
             self._total_train_tokens = state["train_tokens"]
 

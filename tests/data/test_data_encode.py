@@ -261,16 +261,43 @@ def test_truncation_keeps_the_start_and_says_when_nothing_is_left(encoder):
     assert (none.learnt, none.nothing_left) == (0, True)
 
 
-def test_pairs_are_measured_and_left_as_they_are(encoder, tokenizer):
-    pair = {"prompt": "The lamp", "chosen": " is lit.", "rejected": " is not lit at all, quick."}
-    got = encoder().encode("preference", pair)
-    prompt, *sides = (
-        len(tokenizer(pair["prompt"] + end)["input_ids"])
-        for end in ("", pair["chosen"] + "<|im_end|>", pair["rejected"] + "<|im_end|>")
-    )
-    assert got.columns is pair
-    assert (got.full_length, got.length) == (max(sides), max(sides))
-    assert got.learnt == sum(sides) - 2 * prompt
+PAIRS = {
+    "texts": {"prompt": "The lamp", "chosen": " is lit.", "rejected": " is not lit at all, quick."},
+    "messages": {
+        "prompt": talk([("system", "Be brief."), ("user", "An egg?")]),
+        "chosen": talk([("assistant", "Six minutes and a half, then cold water.")]),
+        "rejected": talk([("assistant", "Grüße 🙂")]),
+    },
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+@pytest.mark.parametrize("max_length", [10_000, 40, 30])
+def test_pairs_have_the_tokens_of_trls_trainer(encoder, tokenizer, pair, max_length, tmp_path):
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    args = DPOConfig(str(tmp_path), max_length=max_length, report_to="none", bf16=False)
+    owner = types.SimpleNamespace(_tokenizer=tokenizer)
+    theirs = DPOTrainer._prepare_dataset(owner, Dataset.from_list([pair]), tokenizer, args, "train")
+    got = encoder(None, max_length).encode("preference", pair)
+    assert got.nothing_left == (len(theirs) == 0)
+    if got.nothing_left:
+        return
+    assert {name: got.columns[name] for name in pair} == pair
+    collate = DataCollatorForPreference(pad_token_id=0, max_length=max_length)
+    ours = collate([{name: ids for name, ids in got.columns.items() if name.endswith("_ids")}])
+    for name, values in collate([theirs[0]]).items():
+        assert ours[name].tolist() == values.tolist(), name
+    assert got.learnt == int(ours["completion_mask"].sum(1).max())
+    assert got.length == int(ours["attention_mask"].sum(1).max())
+    assert got.full_length >= got.length
+
+
+def test_a_pair_whose_prompt_leaves_no_room_has_nothing_left(encoder, tokenizer):
+    pair = PAIRS["texts"]
+    prompt = len(tokenizer(pair["prompt"])["input_ids"])
     assert encoder(None, prompt).encode("preference", pair).nothing_left
     assert not encoder(None, prompt + 1).encode("preference", pair).nothing_left
 

@@ -74,6 +74,8 @@ def test_the_wheel_holds_everything(wheel):
     assert {f"soup/{path.relative_to(CHECKOUT)}" for path in CHECKOUT.glob("conf/**/*.yaml")} <= names
     assert {str(path.relative_to(CHECKOUT)) for path in CHECKOUT.glob("soup/**/*.py")} <= names
     assert {str(path.relative_to(CHECKOUT)) for path in CHECKOUT.glob("soup/embedded/*")} <= names
+    carried = {str(path.relative_to(CHECKOUT)) for path in CHECKOUT.glob("soup/model/configs/*")}
+    assert carried and carried <= names
     assert {f"hydra_plugins/soup_launchers/{path.name}" for path in CHECKOUT.glob("launchers/*.py")} <= names
     assert "soup/py.typed" in names
 

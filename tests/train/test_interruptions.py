@@ -192,6 +192,49 @@ def test_all_weights(alone, tree, place, server, start, until, unequal, whole):
         assert not (path.is_file() and SECRET.encode() in path.read_bytes()), f"{path} has the key"
 
 
+TASK = (
+    "training.max_steps=24",
+    "training.save_steps=3",
+    "training.eval_steps=10",
+    "training.logging_steps=2",
+    "training.gradient_accumulation_steps=2",
+    "data.max_samples=20",
+    "optim.lr=1e-3",
+)
+TASKS = {
+    "dpo": ("task.label_smoothing=0.1",),
+    "ipo": ("task.precompute_ref=true",),
+    "kto": (),
+    "orpo": (),
+    "simpo": (),
+    "reward": (),
+    "grpo": ("task.max_completion_length=8", "task.beta=0.1"),
+}
+QUICK = {("dpo", "none"), ("kto", "lora"), ("orpo", "lora"), ("grpo", "lora")}
+
+
+@pytest.mark.parametrize(
+    ("task", "lora"),
+    [
+        pytest.param(task, lora, marks=() if (task, lora) in QUICK else pytest.mark.slow)
+        for task in TASKS
+        for lora in ("lora", "none")
+    ],
+)
+def test_every_task_twice_interrupted(alone, tree, place, server, start, until, unequal, whole, task, lora):
+    """Over several epochs, with what each trainer keeps between two logs."""
+    words = (f"task={task}", f"lora={lora}", *TASK, *TASKS[task])
+    undisturbed = alone(words)
+    run = place(tree(*words))
+    happens = Interruptions(run, server, start, until)
+    assert happens.at(signal.SIGKILL) == -signal.SIGKILL
+    assert happens.at(signal.SIGTERM) == 130
+    whole(run)
+    last = server(run)
+    assert last.wait() == 0, last.stdout.read()
+    assert unequal(undisturbed, run) == []
+
+
 def tensorboard_of(run, tags):
     """(tag, step) to value, as TensorBoard shows them; each step once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -1,0 +1,284 @@
+"""The task's own settings, from the loss that the trainer really computes on rows of its own data set.
+
+The trainer's number is compared with `soup.effects.losses` in float64, on log-probabilities that are measured here,
+one sequence at a time, without the trainer's collator, padding or masks. Where the loss has a reference, one
+parameter of the policy is moved while both are computed and put back after, since a policy that equals its reference
+has the same loss whatever beta is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from soup.effects import Effect, losses, same
+from soup.effects.losses import Row
+
+ROWS = 3
+MOVES = (
+    1e-3,
+    1e-2,
+    1e-1,
+    1.0,
+)  # of the parameter; the first that moves a log-probability by MOVED nats is taken
+MOVED = 2.0
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative, or of 1 for small losses
+COARSE = 5e-2  # bfloat16, float16 and quantized weights
+SIDES = {  # of columns with token ids, and what a row's sides are called
+    "chosen_ids": "chosen",
+    "rejected_ids": "rejected",
+    "completion_ids": "completion",
+    "KL_completion_ids": "mismatched",
+}
+KEPT = ("_metrics", "_stored_metrics", "_total_train_tokens", "_buffered_inputs", "_step")
+
+
+def loss(built: Any) -> Iterator[Effect]:
+    """The trainer's loss, or why it cannot be computed: a run that would fail at its first step is refused before."""
+    try:
+        yield from _loss(built)
+    except Exception as error:  # noqa: BLE001
+        name = built.config.tree["task"]["name"]
+        yield Effect("task.name", name, "no loss", False, f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def _loss(built: Any) -> Iterator[Effect]:
+    """The trainer's loss on the first rows against the paper's, and for each knob that another value would show."""
+    trainer, model = built.trainer, built.model
+    formula = getattr(losses, built.config.tree["task"]["name"])
+    with undisturbed(built):
+        examples = _examples(trainer.train_dataset)
+        batch = trainer._prepare_inputs(trainer.data_collator([dict(example) for example in examples]))
+
+        def measured() -> list[Row]:
+            return [_row(built, example) for example in examples]
+
+        reference = measured()
+        with _moved(model, measured, reference, built.config.task.reference) as policy:
+            live = float(trainer.compute_loss(model, batch)) - _router_loss(trainer)
+    yield from _compared(built, live, lambda **knobs: float(formula(policy, reference, **knobs)), formula)
+
+
+def _router_loss(trainer: Any) -> float:
+    """What the balancing loss of an MoE model added to the last loss; its weight has a probe of its own."""
+    sums = getattr(trainer, "_metrics", {}).get("eval", {}).get("aux_loss")
+    return trainer.args.router_aux_loss_coef * sums[-1] if sums else 0.0
+
+
+def group_loss(built: Any) -> Iterator[Effect]:
+    """GRPO's loss on two made-up answers of different lengths to the first prompt, one good and one bad."""
+    trainer, model = built.trainer, built.model
+    device = trainer.args.device
+    tree = built.config.tree["task"]
+    prompt = tokenised(built.tokenizer, trainer.train_dataset[0]["prompt"])
+    answers = [(prompt * 5)[:5], (prompt * 3)[-3:]]
+    longest = max(map(len, answers))
+    advantages = torch.tensor([1.0, -0.5])
+    with undisturbed(built):
+
+        def measured() -> list[Row]:
+            heat = tree["temperature"]
+            return [
+                Row(answers={"completion": _logps(built, prompt + answer, heat)[len(prompt) - 1 :]})
+                for answer in answers
+            ]
+
+        reference = measured()
+        with _moved(model, measured, reference, built.config.task.reference) as policy:
+            frozen = torch.zeros(len(answers), longest)
+            for place, row in enumerate(reference):
+                frozen[place, : len(row.answers["completion"])] = row.answers["completion"].float()
+            inputs = {
+                "prompt_ids": torch.tensor([prompt] * len(answers)),
+                "prompt_mask": torch.ones(len(answers), len(prompt), dtype=torch.long),
+                "completion_ids": torch.tensor(
+                    [answer + [0] * (longest - len(answer)) for answer in answers]
+                ),
+                "completion_mask": torch.tensor(
+                    [[1] * len(answer) + [0] * (longest - len(answer)) for answer in answers]
+                ),
+                "advantages": advantages,
+                "ref_per_token_logps": frozen,
+                "num_items_in_batch": torch.tensor(sum(map(len, answers))),
+            }
+            live = float(trainer.compute_loss(model, {k: v.to(device) for k, v in inputs.items()}))
+
+    def formula(**knobs: Any) -> float:
+        return float(losses.grpo(policy, reference, advantages=advantages, **knobs))
+
+    yield from _compared(built, live, formula, losses.grpo)
+
+
+def reference(built: Any) -> Iterator[Effect]:
+    """Where the reference's log-probabilities come from: adapters off, a frozen copy, or a table made before."""
+    trainer = built.trainer
+    asked = built.config.task.precompute_ref
+    columns = [name for name in trainer.train_dataset.column_names if name.startswith("ref_")]
+    copy = trainer.ref_model
+    how = "the model with its adapters off"
+    ok = True
+    if columns:
+        with undisturbed(built):
+            example = trainer.train_dataset[0]
+            row = _row(built, example)
+        pairs = {"ref_chosen_logps": "chosen", "ref_rejected_logps": "rejected", "ref_logps": "completion"}
+        gaps = [
+            abs(example[column] - float(row.answers[side].sum())) / max(1.0, abs(example[column]))
+            for column, side in pairs.items()
+            if column in columns
+        ]
+        ok = copy is None and bool(gaps) and max(gaps) <= _tolerance(built)
+        how = f"columns {', '.join(columns)}; the first row's are right to {max(gaps):.1e}"
+    elif copy is not None:
+        shared = {id(p) for p in copy.parameters()} & {id(p) for p in built.model.parameters()}
+        ok = not shared and not copy.training
+        how = f"a frozen copy of {sum(p.numel() for p in copy.parameters()):,} parameters"
+    yield Effect("task.precompute_ref", asked, bool(columns), ok and bool(columns) == asked, how)
+
+
+def generation(built: Any) -> Iterator[Effect]:
+    """What GRPO samples with, and how often the sampler repeats a prompt."""
+    trainer, tree = built.trainer, built.config.tree["task"]
+    settings = trainer.generation_config
+    how = "the generation config that answers are sampled with"
+    yield same("task.max_completion_length", tree["max_completion_length"], settings.max_new_tokens, how)
+    heat = settings.temperature if settings.do_sample else 0.0
+    yield same("task.temperature", tree["temperature"], heat, how)
+    drawn = list(trainer._get_train_sampler())
+    run = next((i for i, row in enumerate(drawn) if row != drawn[0]), len(drawn))
+    yield same("task.num_generations", tree["num_generations"], run, f"the sampler draws rows {drawn[:8]}")
+
+
+def reward_functions(built: Any) -> Iterator[Effect]:
+    """The functions that score answers, and their weights."""
+    trainer, tree = built.trainer, built.config.tree["task"]
+    names = [function.__name__ for function in trainer.reward_funcs]
+    yield same("task.rewards", list(tree["rewards"]), names, "functions that the trainer calls")
+    weights = trainer.reward_weights.tolist()
+    asked = tree["reward_weights"]
+    wanted = [1.0] * len(names) if asked is None else [float(weight) for weight in asked]
+    ok = len(weights) == len(wanted) and all(abs(a - b) < 1e-6 for a, b in zip(weights, wanted, strict=True))
+    yield Effect("task.reward_weights", asked, weights, ok, "weights that the trainer multiplies rewards by")
+
+
+def _compared(built: Any, live: float, formula: Any, signature: Any) -> Iterator[Effect]:
+    tree = built.config.tree["task"]
+    named = [p.name for p in inspect.signature(signature).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    knobs = {name: tree[name] for name in named if name in tree}
+    expected = formula(**knobs)
+    allowed = _tolerance(built) * max(1.0, abs(expected))
+    ok = abs(live - expected) <= allowed
+    told = f"the trainer's loss is {live:.6f}, the paper's {expected:.6f}"
+    yield Effect("task.name", tree["name"], tree["name"] if ok else "another loss", ok, told)
+    for name, value in knobs.items():
+        shows = False
+        if isinstance(value, float):
+            other = formula(**(knobs | {name: value * 0.75 + 0.05}))
+            shows = abs(other - expected) > 3 * allowed
+        how = told + (f"; with another {name} it would be {other:.6f}" if shows else "")
+        yield Effect(f"task.{name}", value, value if ok else "unknown", ok, how)
+
+
+def _tolerance(built: Any) -> float:
+    coarse = built.config.model.quantization != "none" or built.precision.autocast is not None
+    return COARSE if coarse else TOLERANCE.get(built.precision.weights, COARSE)
+
+
+def _examples(rows: Any) -> list[Mapping[str, Any]]:
+    """The first rows; where rows have labels, both kinds of them."""
+    first = list(range(min(ROWS, len(rows))))
+    if "label" in rows.column_names:
+        labels = rows["label"]
+        first = [i for i in (_first(labels, True), _first(labels, False)) if i is not None] + first[-1:]
+    return [rows[i] for i in first]
+
+
+def _first(values: Sequence[Any], wanted: Any) -> int | None:
+    return next((i for i, value in enumerate(values) if value == wanted), None)
+
+
+def _row(built: Any, example: Mapping[str, Any]) -> Row:
+    """The model's log-probabilities of a row, by the columns that it has."""
+    if "input_ids" in example:
+        learnt = torch.tensor(example["labels"][1:]) != -100
+        return Row(answers={"completion": _logps(built, example["input_ids"])[learnt]})
+    sides = {SIDES[name]: ids for name, ids in example.items() if name in SIDES}
+    if built.config.task.head == "score":
+        return Row(score={side: _score(built, ids) for side, ids in sides.items()})
+    prompt = example["prompt_ids"]
+    limit = built.config.data.max_length
+    whole = {side: _logps(built, (prompt + ids)[:limit]) for side, ids in sides.items()}
+    answers = {side: logps[len(prompt) - 1 :] for side, logps in whole.items()}
+    return Row(answers=answers, whole=whole, label=bool(example.get("label", True)))
+
+
+def _logps(built: Any, ids: Sequence[int], temperature: float = 1.0) -> Tensor:
+    """Log-probabilities of each token but the first, shape (T - 1,), in float64."""
+    ids_1T = torch.tensor([list(ids)], device=built.trainer.args.device)
+    with torch.no_grad():
+        logits_TV = built.model(input_ids=ids_1T).logits[0, :-1].double().cpu() / temperature
+    return logits_TV.log_softmax(-1).gather(1, ids_1T[0, 1:, None].cpu()).squeeze(1)
+
+
+def _score(built: Any, ids: Sequence[int]) -> Tensor:
+    ids_1T = torch.tensor([list(ids)], device=built.trainer.args.device)
+    with torch.no_grad():
+        return built.model(input_ids=ids_1T).logits[0, 0].double().cpu()
+
+
+def tokenised(tokenizer: Any, prompt: Any) -> list[int]:
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    return list(
+        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    )
+
+
+@contextmanager
+def undisturbed(built: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards random state, modes and the trainer's sums are as they were."""
+    trainer, model = built.trainer, built.model
+    kept = {name: deepcopy(getattr(trainer, name)) for name in KEPT if name in vars(trainer)}
+    modes = {module: module.training for module in model.modules()}
+    cuda = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=cuda), torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for name, value in kept.items():
+            setattr(trainer, name, value)
+
+
+@contextmanager
+def _moved(model: Any, measured: Any, before: list[Row], needed: bool) -> Iterator[list[Row]]:
+    """The policy's rows with one parameter moved off the reference; not moved where there is no reference."""
+    if not needed:
+        yield before
+        return
+    parameter = [p for p in model.parameters() if p.requires_grad][-1]
+    kept = parameter.detach().clone()
+    wave = torch.sin(torch.arange(parameter.numel(), device=parameter.device)).view_as(parameter)
+    try:
+        for size in MOVES:
+            parameter.copy_(kept + (size * wave).to(parameter.dtype))
+            after = measured()
+            gaps = [
+                abs(float((new.answers[side] - old.answers[side]).sum()))
+                for new, old in zip(after, before, strict=True)
+                for side in new.answers
+            ]
+            if max(gaps) > MOVED:
+                break
+        yield after
+    finally:
+        with torch.no_grad():
+            parameter.copy_(kept)

@@ -1,0 +1,98 @@
+"""TRL's trainers on rows that soup has tokenised: its own preparation is not run a second time.
+
+TRL 1.12's ORPO and CPO cut an answer that is too long to the wrong length (`tokenize_row` subtracts the answer's
+length, not the prompt's), and differ from DPO in the tokens of one and the same pair.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer
+from trl.experimental.cpo import CPOTrainer
+from trl.experimental.orpo import ORPOTrainer
+from trl.trainer.utils import RepeatSampler
+
+MASKED = -100
+
+
+class DPO(DPOTrainer):
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+
+class KTO(KTOTrainer):
+    """Batches are taken in order, since each answer's mismatched partner is of its own batch (arXiv:2402.01306,
+    section 4.1). So the rows are shuffled here, once, by the data seed."""
+
+    def _prepare_dataset(self, dataset: Any, _: Any, args: Any, dataset_name: str) -> Any:
+        if dataset_name == "train":
+            generator = torch.Generator().manual_seed(args.data_seed)
+            dataset = dataset.select(torch.randperm(len(dataset), generator=generator).tolist())
+        return dataset.map(
+            lambda batch: {"KL_completion_ids": batch["completion_ids"][-1:] + batch["completion_ids"][:-1]},
+            batched=True,
+            batch_size=args.per_device_train_batch_size,
+        )
+
+
+class Reward(RewardTrainer):
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset.map(
+            lambda row: {name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")}
+        )
+
+
+class _Rows:
+    """What ORPO's and CPO's collator takes: prompt and answer in one sequence, the prompt masked."""
+
+    def __init__(self, *, train_dataset: Any, eval_dataset: Any = None, **rest: Any):
+        super().__init__(train_dataset=_tokens(train_dataset), eval_dataset=_tokens(eval_dataset), **rest)
+
+    def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:  # noqa: ARG002
+        prompt_T = feature["prompt_ids"]
+        row: dict[str, Any] = {"prompt_input_ids": prompt_T, "prompt_attention_mask": [1] * len(prompt_T)}
+        for side in ("chosen", "rejected"):
+            answer_T = feature[f"{side}_ids"]
+            row[f"{side}_input_ids"] = prompt_T + answer_T
+            row[f"{side}_attention_mask"] = [1] * len(prompt_T + answer_T)
+            row[f"{side}_labels"] = [MASKED] * len(prompt_T) + answer_T
+        return row
+
+
+def _tokens(dataset: Any) -> Any:
+    """Without the texts, to which the trainers would apply the chat template."""
+    texts = (
+        [name for name in dataset.column_names if not name.endswith("_ids")] if dataset is not None else []
+    )
+    return dataset.remove_columns(texts) if texts else dataset
+
+
+class ORPO(_Rows, ORPOTrainer):
+    pass
+
+
+class CPO(_Rows, CPOTrainer):
+    pass
+
+
+class Groups(RepeatSampler):
+    """Each prompt as often as it is answered. Every epoch has an order of its own, which a resume finds again."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
+
+
+class GRPO(GRPOTrainer):
+    """TRL draws the order of prompts from `seed`; here it comes from `data_seed`, as in every other task."""
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        theirs = super()._get_train_sampler(dataset)
+        return Groups(
+            theirs.data_source,
+            mini_repeat_count=theirs.mini_repeat_count,
+            batch_size=theirs.batch_size,
+            repeat_count=theirs.repeat_count,
+            seed=self.args.data_seed,
+        )
