@@ -39,6 +39,12 @@ class Point:
     overrides: tuple[str, ...]
 
 
+def differing(points: Sequence[Point]) -> list[str]:
+    """What tells each point of a sweep from the others: its overrides that not all of them have."""
+    shared = set.intersection(*(set(one.overrides) for one in points))
+    return [" ".join(word for word in one.overrides if word not in shared) for one in points]
+
+
 Action = Callable[[Sequence[Point]], Any]
 
 

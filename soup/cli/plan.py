@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from soup.cli.check import Checked, checked, valid
-from soup.cli.compose import Point
+from soup.cli.compose import Point, differing
 from soup.errors import Refused
 from soup.plan import Plan
 
@@ -44,8 +44,7 @@ def _table(points: Sequence[Point], found: Sequence[Checked | Refused]) -> None:
     table = Table(box=None, pad_edge=False)
     for name in ("point", "valid", "memory", "steps", "tokens", "disk"):
         table.add_column(name, overflow="fold")
-    for point, one in zip(points, found, strict=True):
-        words = " ".join(point.overrides)
+    for words, one in zip(differing(points), found, strict=True):
         if isinstance(one, Refused):
             table.add_row(words, "no", *("-" for _ in range(4)))
         else:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import IO
 
 from soup.device import cores
 from soup.record import Run, read_json
@@ -35,9 +36,13 @@ def train(run: Run, *words: str) -> int:
     return child(["-m", "soup.train", *words, str(run.folder)], environment)
 
 
-def child(words: list[str], environment: Mapping[str, str] | None = None) -> int:
-    """Runs `python WORDS` to its end, passing signals on; returns its exit status."""
-    process = subprocess.Popen([sys.executable, *words], env=environment, process_group=0)
+def child(
+    words: list[str], environment: Mapping[str, str] | None = None, log: IO[bytes] | None = None
+) -> int:
+    """Runs `python WORDS` to its end, passing signals on; returns its exit status. `log` gets what it prints."""
+    process = subprocess.Popen(
+        [sys.executable, *words], env=environment, process_group=0, stdout=log, stderr=log
+    )
     with _passing_on(process):
         return process.wait()
 

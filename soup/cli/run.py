@@ -9,7 +9,7 @@ from typing import Any
 
 from soup import inputs
 from soup.cli.check import Checked, valid
-from soup.cli.compose import Point
+from soup.cli.compose import Point, differing
 from soup.cli.process import threads, train
 from soup.record import Run, environment, place, run_id, write_json
 
@@ -101,12 +101,10 @@ def _results(placed: Sequence[tuple[Checked, Run]], console: Any) -> None:
 
     console.print(f"\nby {objective}, smallest first:")
     ordered = sorted(placed, key=rank)
-    console.print(
-        table([where for _, where in ordered], [" ".join(one.point.overrides) for one, _ in ordered])
-    )
+    console.print(table([where for _, where in ordered], differing([one.point for one, _ in ordered])))
 
 
 def _summary(where: Run) -> str:
     result = where.result() or {}
-    shown = {key: result[key] for key in ("step", "loss", "eval_loss") if result.get(key) is not None}
+    shown = {key: result[key] for key in ("step", "loss", "reward", "eval_loss") if result.get(key) is not None}
     return ", ".join(f"{key} {value:.4g}" for key, value in shown.items())

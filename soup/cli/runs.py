@@ -11,7 +11,7 @@ from typing import Any
 from soup.errors import Problem, Refused
 from soup.record import Run, find, read_json
 
-METRICS = ("step", "loss", "eval_loss", "tokens", "tokens_per_s", "peak_memory_bytes")
+METRICS = ("step", "loss", "reward", "eval_loss", "tokens", "tokens_per_s", "peak_memory_bytes")
 
 
 def runs(words: list[str], args: Namespace) -> int:
@@ -159,9 +159,11 @@ def export(chosen: Sequence[Run], args: Namespace) -> int:
             raise Refused(Problem(key="run", value=run.id, why=why, fix=f"see {run.folder}"))
         target = run.folder / "merged"
         if not target.is_dir():
-            done = child(["-m", "soup.model.merge", str(run.model), str(target)])
+            log = run.folder / "export.txt"
+            with log.open("wb") as file:
+                done = child(["-m", "soup.model.merge", str(run.model), str(target)], log=file)
             if done != 0:
-                console.print(f"the export of {run.id} failed", style="red")
+                console.print(f"the export of {run.id} failed; {log} says why", style="red")
                 return 1
         console.print(f"merged model: {target}")
     return 0

@@ -170,23 +170,56 @@ def intervals(built: Any) -> Iterator[Effect]:
 
 
 def gradient_checkpointing(built: Any) -> Iterator[Effect]:
-    """The layers' own switches, as `transformers` sets them from the arguments when training begins."""
+    """How often each layer's forward runs for one backward: twice where it is recomputed.
+
+    The switches are set for it as `transformers` sets them from the arguments when training begins.
+    """
     trainer, model = built.trainer, built.model
     wanted = built.config.training.gradient_checkpointing
-    layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-    before = any(m.gradient_checkpointing for m in layers)
+    before = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    hooks = {m: set(m._forward_hooks) for m in model.modules()}
     if trainer.args.gradient_checkpointing and not before:
-        hooks = {m: set(m._forward_hooks) for m in model.modules()}
         model.gradient_checkpointing_enable(dict(trainer.args.gradient_checkpointing_kwargs or {}))
-    on = sum(bool(m.gradient_checkpointing) for m in layers)
-    if on and not before:
+    runs = _forwards(built)
+    if trainer.args.gradient_checkpointing and not before:
         model.gradient_checkpointing_disable()
-        for module, kept in hooks.items():  # on the embedding, for gradients of its output
-            for added in set(module._forward_hooks) - kept:
-                del module._forward_hooks[added]
-    effective = on > 0 if on in (0, len(layers)) else f"on {on} of {len(layers)}"
-    how = f"{on} of {len(layers)} modules that can recompute will"
+    for module, kept in hooks.items():  # on the embedding, for gradients of its output
+        for added in set(module._forward_hooks) - kept:
+            del module._forward_hooks[added]
+    twice = sum(count == 2 for count in runs)
+    effective = twice > 0 if twice in (0, len(runs)) else f"on {twice} of {len(runs)}"
+    how = f"{twice} of {len(runs)} layers ran once more for the backward pass of a short row"
     yield same("training.gradient_checkpointing", wanted, effective, how)
+
+
+def _forwards(built: Any) -> list[int]:
+    """Forward runs of each layer that could be recomputed, in one forward and backward pass of a few tokens."""
+    import torch
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model = built.model
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    counts = dict.fromkeys(layers, 0)
+
+    def count(module: Any, *_: Any) -> None:
+        counts[module] += 1
+
+    handles = [layer.register_forward_pre_hook(count) for layer in layers]
+    modes = {module: module.training for module in model.modules()}
+    cuda = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    ids_1T = torch.arange(8, device=built.trainer.args.device)[None]
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=cuda), built.trainer.compute_loss_context_manager():
+            model(input_ids=ids_1T, use_cache=False).logits.float().mean().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+        for parameter in model.parameters():
+            parameter.grad = None
+    return [count for count in counts.values() if count]
 
 
 def processes(built: Any) -> Iterator[Effect]:

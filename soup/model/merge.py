@@ -10,12 +10,15 @@ from pathlib import Path
 
 def merge(adapter: Path, target: Path) -> None:
     """Writes a folder that plain transformers loads: weights, tokenizer and chat template; whole or absent."""
-    from peft import AutoPeftModelForCausalLM
+    from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftConfig
     from transformers import AutoTokenizer
 
     partial = target.with_name(f".{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype="float32")
+    scores = PeftConfig.from_pretrained(adapter).task_type == "SEQ_CLS"
+    kind = AutoPeftModelForSequenceClassification if scores else AutoPeftModelForCausalLM
+    options = {"num_labels": 1} if scores else {}
+    model = kind.from_pretrained(adapter, dtype="float32", **options)
     merged = model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(partial)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(partial)

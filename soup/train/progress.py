@@ -38,7 +38,8 @@ class Display:
         if "eval_loss" in line:
             text = f"eval_loss {line['eval_loss']:.4f}"
         else:
-            text = f"loss {line['loss']:.4f}  {line['tokens_per_s']:.0f} tokens/s"
+            reward = f"  reward {line['reward']:.3f}" if line.get("reward") is not None else ""
+            text = f"loss {line['loss']:.4f}{reward}  {line['tokens_per_s']:.0f} tokens/s"
         if self.bar is not None:
             self.bar.update(self.task, status=text)
             if "eval_loss" in line:

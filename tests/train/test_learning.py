@@ -70,31 +70,42 @@ def test_it_learns(tree, place, server, rows, task, lora):
     assert (after - before) / margin >= 1
 
 
-@pytest.mark.parametrize("lora", RATES)
-def test_grpo_earns_more_and_stays_near_its_reference(tree, place, server, rows, tmp_path, lora):
-    """The reward is the share of small letters; with a strong pull to the reference the policy moves less."""
+@pytest.fixture
+def letters(tmp_path, rows):
+    """GRPO with the share of small letters as its reward."""
     (tmp_path / "reward.py").write_text(
         "def letters(prompts, completions, **_):\n"
         "    return [sum(letter.islower() for letter in text) / max(1, len(text)) for text in completions]\n"
     )
-    task = (
+    return (
         "task=grpo",
+        rows("grpo"),
         f"task.rewards=[{tmp_path / 'reward.py'}:letters]",
         "task.num_generations=8",
         "task.max_completion_length=16",
+        *STEPS,
         "training.batch_size=16",
     )
+
+
+def test_grpo_earns_more_and_stays_near_its_reference(tree, place, server, letters):
+    """With a strong pull to the reference the policy moves less."""
     runs = {}
     for beta in (0.01, 2.0):
-        # On so small a random model, adapters of the usual scale hardly move what is sampled.
-        scale = ("lora.alpha=256",) if lora == "lora" else ()
-        words = (rows("grpo"), *STEPS, *task, *RATES[lora], *scale, f"task.beta={beta}")
-        runs[beta] = place(tree(*words), f"beta{beta}")
+        runs[beta] = place(tree(*letters, *RATES["none"], f"task.beta={beta}"), f"beta{beta}")
         process = server(runs[beta])
         assert process.wait() == 0, process.stdout.read()
     before, after = averages(runs[0.01], "reward")
-    print(f"reward: {before:.3f} to {after:.3f}")
-    assert after - before > 0.05
+    assert after - before > 0.1
     free, held = (averages(runs[beta], "kl")[1] for beta in (0.01, 2.0))
-    print(f"kl: {free:.3f} and {held:.3f}")
     assert held < free / 2
+
+
+def test_grpo_earns_more_with_adapters(tree, place, server, letters):
+    """On so small a random model adapters move little of what is sampled: more steps, a smaller margin."""
+    more = ("training.max_steps=100", "training.logging_steps=10", "optim.lr=1e-2", "lora.alpha=64")
+    run = place(tree(*letters, *more))
+    process = server(run)
+    assert process.wait() == 0, process.stdout.read()
+    rewards = [line["reward"] for line in run.lines() if "reward" in line]
+    assert sum(rewards[-3:]) / 3 - sum(rewards[:2]) / 2 > 0.02
