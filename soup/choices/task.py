@@ -238,4 +238,5 @@ def ppo(
             "gamma": gamma,
             "lam": lam,
         },
+        effects=("task:ppo",),
     )

@@ -63,10 +63,13 @@ def _one(where: Run, one: Checked, console: Any) -> int:
     }.get(state, f"{state} before, trying again:")
     console.print(f"{verb} run {where.id} in {where.folder}")
     report = one.reports["train"]
+    learnt = report.lengths["sum_labels"]
     console.print(
-        f"{report.rows} rows ({report.format}), {report.lengths['sum']} tokens, {report.lengths['sum_labels']} of"
-        f" them learnt; {report.truncated} truncated, {report.dropped_nothing_left + report.skipped} too long and"
-        f" left out, {report.bad_total} bad and skipped"
+        f"{report.rows} rows ({report.format}), {report.lengths['sum']} tokens"
+        + (f", {learnt} of them learnt" if learnt else "")
+        + f"; {report.truncated} truncated, {report.dropped_nothing_left + report.skipped} too long and left out, "
+        f"{report.bad_total} bad and skipped",
+        soft_wrap=True,
     )
     planned = one.plan.to_dict()
     console.print(
@@ -106,5 +109,7 @@ def _results(placed: Sequence[tuple[Checked, Run]], console: Any) -> None:
 
 def _summary(where: Run) -> str:
     result = where.result() or {}
-    shown = {key: result[key] for key in ("step", "loss", "reward", "eval_loss") if result.get(key) is not None}
+    shown = {
+        key: result[key] for key in ("step", "loss", "reward", "eval_loss") if result.get(key) is not None
+    }
     return ", ".join(f"{key} {value:.4g}" for key, value in shown.items())

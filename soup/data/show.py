@@ -98,7 +98,12 @@ def _counts(report: Report, split: str) -> Table:
         box=None,
     )
     for name, value in (
-        ("tokens", f"{lengths['sum']}, {lengths['sum_labels']} of them learnt"),
+        (
+            "tokens",
+            f"{lengths['sum']}, {lengths['sum_labels']} of them learnt"
+            if lengths["sum_labels"]
+            else str(lengths["sum"]),
+        ),
         (
             "length",
             f"mean {lengths['mean']}, half up to {lengths['p50']}, 95% up to {lengths['p95']}, "

@@ -68,8 +68,7 @@ def sequence_length(built: Any) -> Iterator[Effect]:
     data = built.config.data
     report = built.prepared["train"].report
     rows = built.trainer.train_dataset
-    prompts = "prompt_ids" not in rows.column_names and "input_ids" not in rows.column_names
-    if prompts:
+    if built.config.task.shape == "prompt":
         from soup.effects.task import tokenised
 
         longest = max(len(tokenised(built.tokenizer, prompt)) for prompt in rows[:PROMPTS]["prompt"])

@@ -37,9 +37,8 @@ def batch(built: Any) -> Iterator[Effect]:
     trainer = built.trainer
     training = built.config.training
     first = next(iter(_batches(built)))
-    rows = len(first) // (
-        getattr(trainer.args, "steps_per_generation", None) or 1
-    )  # GRPO's loader gives them at once
+    steps = training.gradient_accumulation_steps if built.config.task.generates else 1
+    rows = len(first) // steps  # where answers are generated, the loader gives all prompts of a step at once
     wanted = min(training.batch_size, len(trainer.train_dataset) * built.config.task.samples)
     key = "training.batch_size"
     yield Effect(key, training.batch_size, rows, rows == wanted, "rows of the loader's first batch")

@@ -25,7 +25,7 @@ def weights(built: Any) -> Iterator[Effect]:
         if type(module).__name__ in QUANTIZED
     }
     equal, near, different = 0, 0, []
-    for name, take in _tensors(built.model_folder):
+    for name, take in tensors(built.model_folder):
         if name in packed:
             stored = take(slice(None))
             if not stored.is_floating_point():
@@ -204,7 +204,7 @@ def _relative_error(module: Any, stored: Any) -> float:
     return float((live - stored).norm() / stored.norm().clamp(min=1e-12))
 
 
-def _tensors(folder: Any) -> Iterator[tuple[str, Any]]:
+def tensors(folder: Any) -> Iterator[tuple[str, Any]]:
     """Name of each tensor on disk, and a function that reads the given rows of it."""
     from safetensors import safe_open
 

@@ -15,7 +15,8 @@ def groups(built: Any) -> Iterator[Effect]:
     optim = built.config.optim
     rates = sorted({group["initial_lr"] for group in live.param_groups})
     held = {id(p) for group in live.param_groups for p in group["params"]}
-    trains = {id(p) for p in built.model.parameters() if p.requires_grad}
+    model = built.trainer.model
+    trains = {id(p) for p in model.parameters() if p.requires_grad}
     how = f"initial_lr of {len(live.param_groups)} parameter groups, which hold {len(held)} tensors"
     effect = same("optim.lr", optim.lr, rates[0] if len(rates) == 1 else rates, how)
     if held != trains:
@@ -23,8 +24,8 @@ def groups(built: Any) -> Iterator[Effect]:
         effect = Effect(effect.key, effect.requested, effect.effective, False, how)
     yield effect
     # biases and norms are exempt from decay in transformers
-    decaying = set(built.trainer.get_decay_parameter_names(built.model))
-    should = {id(p): name in decaying for name, p in built.model.named_parameters()}
+    decaying = set(built.trainer.get_decay_parameter_names(model))
+    should = {id(p): name in decaying for name, p in model.named_parameters()}
     decays: dict[bool, set[float]] = {True: set(), False: {0.0}}
     for group in live.param_groups:
         for parameter in group["params"]:

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from soup.effects import Effect, losses, same
 from soup.effects.losses import Row
+from soup.effects.model import tensors
 
 ROWS = 3
 MOVES = (
@@ -165,6 +167,38 @@ def reward_functions(built: Any) -> Iterator[Effect]:
     wanted = [1.0] * len(names) if asked is None else [float(weight) for weight in asked]
     ok = len(weights) == len(wanted) and all(abs(a - b) < 1e-6 for a, b in zip(weights, wanted, strict=True))
     yield Effect("task.reward_weights", asked, weights, ok, "weights that the trainer multiplies rewards by")
+
+
+def ppo(built: Any) -> Iterator[Effect]:
+    """Arguments that TRL's loop reads at each update (tests/train/test_ppo.py has its loss), and the models beside.
+
+    The folders' score heads are compared with the live ones: no other part of them is new.
+    """
+    trainer, tree = built.trainer, built.config.tree["task"]
+    for name in (
+        "response_length",
+        "temperature",
+        "kl_coef",
+        "num_ppo_epochs",
+        "cliprange",
+        "vf_coef",
+        "gamma",
+        "lam",
+    ):
+        yield same(
+            f"task.{name}", tree[name], getattr(trainer.args, name), "read by TRL's loop at each update"
+        )
+    for name, model in (("reward_model", trainer.reward_model), ("value_model", trainer.value_model)):
+        folder = tree[name] or tree["reward_model"]
+        live = model.score.weight.detach().float().cpu()
+        stored = [
+            read(slice(None)).float()
+            for key, read in tensors(Path(folder).expanduser())
+            if key.endswith("score.weight")
+        ]
+        ok = len(stored) == 1 and torch.allclose(live, stored[0], rtol=1e-2, atol=1e-3)
+        how = f"its score head of {live.numel()} weights is that of {folder}"
+        yield Effect(f"task.{name}", tree[name], folder if ok else "another model", ok, how)
 
 
 def _compared(built: Any, live: float, formula: Any, signature: Any) -> Iterator[Effect]:

@@ -326,7 +326,6 @@ RULES: tuple[Rule, ...] = (
         fix="task.reward_model=FOLDER, as `python -m soup task=reward` trains one from preference pairs",
     ),
     # Composes and plans; the training part is not built yet
-    _pending("task", "ppo"),
     _pending("backend", "unsloth"),
     _pending("optim", Not("adamw")),
     _pending("distributed", Not("none")),

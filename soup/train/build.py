@@ -32,7 +32,8 @@ class Built:
 
     @property
     def model(self) -> Any:
-        return self.trainer.model
+        """What the run trains and saves; PPO's trainer holds a value model beside it."""
+        return getattr(self.trainer, "policy", self.trainer.model)
 
 
 def build(config: Config, *, device: Device, model_folder: Path, output: Path) -> Built:

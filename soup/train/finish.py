@@ -33,19 +33,16 @@ def _card(run: Run, built: Built, final: dict[str, Any]) -> str:
     data = ModelCardData(
         base_model=base if not config.model.embedded else "HuggingFaceTB/SmolLM2-135M-Instruct",
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if config.task.head == "score" else "text-generation",
         tags=["soup", config.tree["task"]["name"]],
     )
-    if adapter:
-        load = (
-            "from peft import AutoPeftModelForCausalLM\n\n"
-            'model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")'
-        )
-    else:
-        load = (
-            "from transformers import AutoModelForCausalLM\n\n"
-            'model = AutoModelForCausalLM.from_pretrained("FOLDER")'
-        )
+    scores = config.task.head == "score"
+    kind = "SequenceClassification" if scores else "CausalLM"
+    loader = f"AutoPeftModelFor{kind}" if adapter else f"AutoModelFor{kind}"
+    load = (
+        f"from {data.library_name} import {loader}\n\n"
+        f'model = {loader}.from_pretrained("FOLDER"{", num_labels=1" if scores else ""})'
+    )
     metrics = "\n".join(f"- {key}: {value}" for key, value in final.items())
     content = f"""---
 {data.to_yaml()}

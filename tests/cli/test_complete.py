@@ -46,7 +46,7 @@ def test_a_hopeless_line_has_no_candidates(candidates, line):
 def test_own_choices(candidates, tmp_path):
     (tmp_path / "own/experiment").mkdir(parents=True)
     (tmp_path / "own/experiment/mine.yaml").write_text("# @package _global_\n")
-    assert candidates(f"soup --config-dir {tmp_path}/own experiment=m") == ["experiment=mine"]
+    assert candidates(f"soup --config-dir {tmp_path}/own experiment=min") == ["experiment=mine"]
 
 
 def test_the_script_for_python_m_completes_in_bash():

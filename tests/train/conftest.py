@@ -14,7 +14,13 @@ from typing import Any
 
 import pytest
 
-TIMED = ("per_s", "_runtime", "per_second", "peak_memory", "step_time")  # parts of the names of what no two runs share
+TIMED = (
+    "per_s",
+    "_runtime",
+    "per_second",
+    "peak_memory",
+    "step_time",
+)  # parts of the names of what no two runs share
 
 # Imports what a training process imports, then forks one for each line it reads. Between the two stands a
 # process that waits, so that the training process has a parent of its own.

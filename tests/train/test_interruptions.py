@@ -235,6 +235,35 @@ def test_every_task_twice_interrupted(alone, tree, place, server, start, until, 
     assert unequal(undisturbed, run) == []
 
 
+@pytest.fixture(scope="module")
+def scorer(tiny_model, tmp_path_factory):
+    """A random reward model, as task=reward saves one with all its weights."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("scorer")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("lora", ["lora", pytest.param("none", marks=pytest.mark.slow)])
+def test_ppo_twice_interrupted(alone, scorer, tree, place, server, start, until, unequal, whole, lora):
+    words = ("task=ppo", f"task.reward_model={scorer}", "task.response_length=8", f"lora={lora}", *TASK)
+    undisturbed = alone(words)
+    run = place(tree(*words))
+    happens = Interruptions(run, server, start, until)
+    assert happens.at(signal.SIGKILL) == -signal.SIGKILL
+    assert happens.at(signal.SIGTERM) == 130
+    whole(run)
+    last = server(run)
+    assert last.wait() == 0, last.stdout.read()
+    assert unequal(undisturbed, run) == []
+    before, after = (run.last_checkpoint() / "value_model.safetensors" for run in (undisturbed, run))
+    assert before.read_bytes() == after.read_bytes()
+
+
 def tensorboard_of(run, tags):
     """(tag, step) to value, as TensorBoard shows them; each step once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
