@@ -12,6 +12,7 @@ from soup.errors import Problem, Refused
 from soup.model import source
 from soup.schema import Config
 
+WHOLE = 2**31 - 1  # tokens that no document has
 EMBEDDED = Path(__file__).parent / "embedded"
 
 
@@ -32,7 +33,8 @@ def data_arguments(config: Config, model_folder: Path) -> dict[str, Any]:
         "shape": config.task.shape,
         "model_folder": model_folder,
         "chat_template": config.model.chat_template,
-        "max_length": data.max_length,
+        # Packing cuts documents where a row is full, and loses nothing of them.
+        "max_length": WHOLE if config.training.packing and config.task.shape == "text" else data.max_length,
         "on_bad_row": data.on_bad_row,
         "on_too_long": data.on_too_long,
         "max_samples": data.max_samples,
@@ -60,7 +62,13 @@ def _model_hash(config: Config, model_folder: Path) -> str:
 
 
 def _within(path: Path) -> list[Path]:
-    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    """The files of a folder, and of an adapter's those of its base too, if that is a local one."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    adapter = path / "adapter_config.json"
+    base = Path(json.loads(adapter.read_text())["base_model_name_or_path"]) if adapter.is_file() else None
+    return files + (_within(base) if base is not None and base.is_dir() else [])
 
 
 def _hash(files: list[Path]) -> str:

@@ -196,6 +196,13 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
         f" x {replicas} replicas"
     )
     sequences = lengths.rows * task.samples
+    mean, longest = lengths.mean, min(config.data.max_length, lengths.max)
+    if training.packing:  # best fit leaves next to nothing of a row empty
+        sequences = math.ceil(lengths.tokens / config.data.max_length)
+        mean = longest = min(config.data.max_length, lengths.tokens)
+        notes["packing"] = (
+            f"about {sequences} rows of {config.data.max_length} tokens from {lengths.rows} documents"
+        )
     micro = math.ceil(sequences / (training.batch_size * replicas))
     per_epoch = max(1, math.ceil(micro / training.gradient_accumulation_steps))
     if task.drop_last:
@@ -215,12 +222,12 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
         if training.max_steps
         else f"{training.epochs:g} epochs x {per_epoch} steps ({sequences} rows / {rows_per_step} per step)"
     )
-    tokens_per_step = round((lengths.mean + task.generates) * rows_per_step * task.forwards)
-    notes["tokens_per_step"] = f"{rows_per_step} rows x {lengths.mean:g} tokens on average x {task.forwards}"
+    tokens_per_step = round((mean + task.generates) * rows_per_step * task.forwards)
+    notes["tokens_per_step"] = f"{rows_per_step} rows x {mean:g} tokens on average x {task.forwards}"
     if task.generates:
         notes["tokens_per_step"] += f", and up to {task.generates} generated"
 
-    parts, notes["memory"] = _memory(config, decoder, device, lengths, dtype, trainable, adapters)
+    parts, notes["memory"] = _memory(config, decoder, device, longest, dtype, trainable, adapters)
     host = 0.0
     for name in spread.offloads:
         host += parts[name] if device.kind == "cuda" else 0
@@ -228,8 +235,9 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
             parts[name] = 0
     memory = {name: round(size) for name, size in parts.items()}
     saved = (4 if lora.r is not None else BYTES[dtype]) * trainable
-    state = config.optim.state_bytes * trainable
-    disk = CHECKPOINTS_KEPT * (saved + state) + saved
+    beside = task.trained_models * decoder.total  # PPO's value model, in float32
+    state = config.optim.state_bytes * (trainable + beside)
+    disk = CHECKPOINTS_KEPT * (saved + 4 * beside + state) + saved
     notes["disk"] = f"{CHECKPOINTS_KEPT} checkpoints with optimizer state, and the final model"
     return Plan(
         parameters=decoder.total,
@@ -264,7 +272,7 @@ def _memory(
     config: Config,
     decoder: Shape,
     device: Device,
-    lengths: Lengths,
+    longest: int,
     dtype: str,
     trainable: int,
     adapters: int,
@@ -285,7 +293,7 @@ def _memory(
     train_size = 4 if config.lora.r is not None else size
 
     ring = config.longctx.ring_size if config.longctx.use_ring_attention else 1
-    length = min(config.data.max_length, lengths.max) + task.generates
+    length = longest + task.generates
     batch_tokens = training.batch_size * task.forwards * length / ring
     one_layer = _layer_floats(decoder) * products
     if config.lora.use_dora:  # the frozen layer's output and the adapter's, each scaled by a magnitude

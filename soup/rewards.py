@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib.util
+import hashlib
 import inspect
 import json
-import math
 import re
+import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,17 +24,27 @@ from typing import Any
 from soup.errors import Problem, Refused
 
 KEY = "task.rewards"
-Score = Callable[[str, Any], float]  # of one completion's text, and the column that it is compared with
-ANSWER = "answer"
+Reward = Callable[..., list[float | None]]
+Score = Callable[
+    [str, Any], float | None
+]  # of one completion's text, and the column that it is compared with
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")  # by TRL
-NUMBER = re.compile(r"-?\d[\d,]*\.?\d*|-?\.\d+")
+WITHHELD = ("prompt", "completion")  # columns that TRL gives as prompts and completions only
+FLOAT32_MAX = 3.4028234663852886e38  # TRL keeps rewards in float32
+NUMBER = re.compile(
+    r"(?:(?<![\w.)])(?P<minus>[-\u2212])\$?)?(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?P<exponent>[eE][-+]?\d{1,3}(?!\d))?"
+)
+MARKED = re.compile(
+    r"^[ \t]*####[ \t]*([-\u2212$\d.,]+)[ \t]*$|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", re.MULTILINE
+)
 
 
 class RewardError(Exception):
     """A reward that raised, or returned something that is no list of finite numbers; names reward and sample."""
 
 
-def load(rewards: Sequence[str]) -> list[Callable[..., list[float | None]]]:
+def load(rewards: Sequence[str]) -> list[Reward]:
     """The functions behind the names, each checked at every call; `__name__` is the name as it was given.
 
     Raises:
@@ -40,7 +53,7 @@ def load(rewards: Sequence[str]) -> list[Callable[..., list[float | None]]]:
     loaded, problems = [], []
     for word in rewards:
         try:
-            loaded.append(_checked(word, _own(word) if _file(word) else _built_in(word)))
+            loaded.append(_checked(word, _built_in(word) if _path(word) is None else _own(word)))
         except Refused as refused:
             problems.extend(refused.problems)
     if problems:
@@ -49,24 +62,26 @@ def load(rewards: Sequence[str]) -> list[Callable[..., list[float | None]]]:
 
 
 def columns(rewards: Sequence[str]) -> dict[str, str]:
-    """Columns of the data that rewards cannot do without, and the first reward that needs each."""
+    """Columns of the data that rewards cannot do without, and the first reward that needs each.
+
+    Raises:
+        Refused: a file that cannot be used.
+    """
     needed: dict[str, str] = {}
     for word in rewards:
         name, _, argument = word.partition(":")
-        if _file(word):
-            parameters = inspect.signature(_own(word)).parameters.values()
-            named = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+        if _path(word) is not None:
+            named = [column for column in _required(_own(word)) if column not in GIVEN]
         else:
-            named = [argument or ANSWER] if name in COMPARING else []
+            named = [argument or "answer"] if name in COMPARING else []
         for column in named:
-            if column not in GIVEN:
-                needed.setdefault(column, word)
+            needed.setdefault(column, word)
     return needed
 
 
 def files(rewards: Sequence[str]) -> list[Path]:
-    """The local files named, whose content is part of what a run is."""
-    return [path for word in rewards if (path := _file(word))]
+    """The local files named, each once: their content is part of what a run is."""
+    return list(dict.fromkeys(path for word in rewards if (path := _path(word)) is not None))
 
 
 def _exact_match(text: str, answer: Any) -> float:
@@ -74,14 +89,20 @@ def _exact_match(text: str, answer: Any) -> float:
 
 
 def _numeric(text: str, answer: Any) -> float:
-    """Whether the completion's last number is the answer's (`#### 42` and `\\boxed{42}` end in theirs)."""
-    found, wanted = _last_number(text), _last_number(str(answer))
-    return float(found is not None and wanted is not None and math.isclose(found, wanted, rel_tol=1e-9))
+    """Whether the number that is the answer (a line `#### 42`, `\\boxed{42}`, or else the last) is the same."""
+    wanted = _number(str(answer))
+    if wanted is None:
+        raise ValueError(f"there is no number in the answer {str(answer)[:60]!r}")
+    return float(_number(text) == wanted)
 
 
-def _last_number(text: str) -> float | None:
-    numbers = NUMBER.findall(text)
-    return float(numbers[-1].replace(",", "")) if numbers else None
+def _number(text: str) -> Decimal | None:
+    marks = MARKED.findall(text)
+    found = list(NUMBER.finditer("".join(marks[-1]) if marks else text))
+    if not found:
+        return None
+    minus, digits, exponent = found[-1].group("minus", "digits", "exponent")
+    return Decimal(("-" if minus else "") + digits.replace(",", "") + (exponent or ""))
 
 
 def _regex(pattern: str) -> Score:
@@ -91,9 +112,9 @@ def _regex(pattern: str) -> Score:
 
 def _length(words: str) -> Score:
     """1 at that many words, falling to 0 at none and at twice as many."""
-    target = int(words)
+    target = int(words) if re.fullmatch(r"[0-9]{1,9}", words) else 0
     if target < 1:
-        raise ValueError("the number of words must be at least 1")
+        raise ValueError("it must be a number of words, at least 1")
     return lambda text, _: max(0.0, 1 - abs(len(text.split()) - target) / target)
 
 
@@ -101,10 +122,10 @@ def _json(_: str) -> Score:
     """Whether it is JSON, in a fence of backticks or not."""
 
     def score(text: str, _: Any) -> float:
-        fenced = re.fullmatch(r"\s*```(?:json)?\n(.*)\n```\s*", text, re.DOTALL)
+        fenced = re.fullmatch(r"\s*```(?:json)?\s(.*)```\s*", text, re.DOTALL)
         try:
-            json.loads(fenced[1] if fenced else text)
-        except ValueError:
+            json.loads(fenced[1] if fenced else text, parse_constant=int)  # int refuses NaN and Infinity
+        except (ValueError, RecursionError):
             return 0.0
         return 1.0
 
@@ -113,16 +134,12 @@ def _json(_: str) -> Score:
 
 def _tags(names: str) -> Score:
     """Whether each tag opens and closes once, one after the other, in this order."""
-    tags = names.split(",")
+    tags = [name.strip() for name in names.split(",")]
     if not all(re.fullmatch(r"[\w-]+", tag) for tag in tags):
         raise ValueError("tags are names with commas between them")
-    order = re.compile(".*?".join(rf"<{tag}>.*?</{tag}>" for tag in tags), re.DOTALL)
-
-    def score(text: str, _: Any) -> float:
-        once = all(text.count(f"<{tag}>") == text.count(f"</{tag}>") == 1 for tag in tags)
-        return float(once and order.search(text) is not None)
-
-    return score
+    wanted = [mark for tag in tags for mark in (f"<{tag}>", f"</{tag}>")]
+    marks = re.compile("|".join(wanted))
+    return lambda text, _: float(marks.findall(text) == wanted)
 
 
 COMPARING: Mapping[str, Score] = {"exact_match": _exact_match, "numeric": _numeric}  # argument: the column
@@ -135,138 +152,153 @@ MADE: Mapping[str, tuple[Callable[[str], Score], str | None]] = {
 }
 
 
-def _file(word: str) -> Path | None:
-    path, colon, _ = word.rpartition(":")
-    return Path(path).expanduser() if colon and path.endswith(".py") else None
+def _path(word: str) -> Path | None:
+    """The file of `path/to/file.py:function`, also where the function is left out."""
+    path = word if word.endswith(".py") else word.rpartition(":")[0]
+    built_in = word.partition(":")[0] in {*COMPARING, *MADE}
+    return Path(path).expanduser() if path.endswith(".py") and not built_in else None
 
 
 def _refusal(word: str, why: str, fix: str) -> Refused:
     return Refused(Problem(key=KEY, value=word, why=why, fix=fix))
 
 
-def _built_in(word: str) -> Callable[..., list[float | None]]:
+def _built_in(word: str) -> Reward:
     name, colon, argument = word.partition(":")
-    if name in COMPARING:
-        return _scoring(COMPARING[name], argument or ANSWER)
-    if name not in MADE:
+    if name not in COMPARING and name not in MADE:
         near = difflib.get_close_matches(name, [*COMPARING, *MADE], n=1)
         known = ", ".join([*COMPARING, *MADE])
         fix = f"did you mean {near[0]}?" if near else f"one of {known}, or path/to/file.py:function"
         raise _refusal(word, "there is no such reward", fix)
-    make, default = MADE[name]
+    make, default = MADE.get(name, (None, "answer"))
+    example = f"{name}:{'PATTERN' if default is None else default}"
     if colon and default == "":
         raise _refusal(word, f"{name} takes no argument", name)
-    if not argument and default is None:
-        raise _refusal(word, f"{name} needs an argument", f"{name}:PATTERN")
+    if not argument and (colon or default is None):
+        raise _refusal(word, f"{name} needs an argument{' after the colon' if colon else ''}", example)
+    if make is None:
+        if argument in {*GIVEN, *WITHHELD}:
+            raise _refusal(word, f"TRL gives rewards no column `{argument}`", f"{name}:COLUMN, another one")
+        return _scoring(COMPARING[name], argument or "answer")
     try:
         return _scoring(make(argument or default or ""), None)
-    except (ValueError, re.error) as error:
-        raise _refusal(
-            word, f"its argument cannot be used: {error}", f"{name}:{default or 'PATTERN'}"
-        ) from error
+    except (ValueError, OverflowError, re.error) as error:
+        raise _refusal(word, f"its argument cannot be used: {error}", example) from error
 
 
-def _scoring(score: Score, column: str | None) -> Callable[..., list[float | None]]:
+def _scoring(score: Score, column: str | None) -> Reward:
     def reward(completions: Sequence[Any], **given: Any) -> list[float | None]:
-        compared = [None] * len(completions) if column is None else given[column]
-        return [score(_text(one), other) for one, other in zip(completions, compared, strict=True)]
+        if column is None:
+            return [score(_text(one), None) for one in completions]
+        pairs = zip(completions, given[column], strict=True)
+        return [None if other is None else score(_text(one), other) for one, other in pairs]
 
     return reward
 
 
-def _text(completion: Any) -> str:
+def _text(said: Any) -> str:
     """What was said, of a text or of messages."""
-    return completion if isinstance(completion, str) else "".join(turn["content"] for turn in completion)
+    return said if isinstance(said, str) else "".join(str(turn.get("content") or "") for turn in said)
 
 
 def _own(word: str) -> Callable[..., Any]:
-    path, _, name = word.rpartition(":")
-    function = getattr(_module(word, Path(path).expanduser()), name, None)
+    path, name = _path(word), "" if word.endswith(".py") else word.rpartition(":")[2]
+    if not name:
+        raise _refusal(word, "names no function", "path/to/file.py:function")
+    module = _module(word, path.absolute())
+    function = getattr(module, name, None)
     if function is None:
         raise _refusal(word, f"{path} has no {name}", "the name of a function in that file")
+    shape = f"def {name}(prompts, completions, **columns): ..."
     if not callable(function) or isinstance(function, type):
-        raise _refusal(word, f"{name} is no function", "def reward(prompts, completions, **columns): ...")
-    if inspect.iscoroutinefunction(function):
-        raise _refusal(
-            word, "is asynchronous, so its errors could not be traced to a sample", "a plain function"
-        )
+        raise _refusal(word, f"{name} is no function", shape)
+    if any(map(inspect.iscoroutinefunction, (function, type(function).__call__))):
+        why = "is asynchronous: what it returns cannot be checked before TRL gathers it"
+        raise _refusal(word, why, f"a plain function, {shape}")
     try:
-        inspect.signature(function).bind_partial(**dict.fromkeys(GIVEN))
-    except TypeError as error:
-        fix = f"def {name}(prompts, completions, **columns): ..."
-        raise _refusal(word, f"cannot be called as TRL calls rewards: {error}", fix) from error
+        given = [*GIVEN, "any_other_column", *(one for one in _required(function) if one not in WITHHELD)]
+        inspect.signature(function).bind(**dict.fromkeys(given))
+    except (TypeError, ValueError) as error:
+        why = f"cannot be called as TRL calls rewards, with {', '.join(GIVEN)} and every column: {error}"
+        raise _refusal(word, why, shape) from error
     return function
 
 
+def _required(function: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [one.name for one in parameters if one.default is one.empty and one.kind in by_name]
+
+
 def _module(word: str, path: Path) -> ModuleType:
-    if not path.is_file():
-        raise _refusal(word, f"there is no file {path}", "path/to/file.py:function, from the working folder")
-    spec = importlib.util.spec_from_file_location(f"soup_reward_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    """The file as a module, run once for each content; no bytecode is left beside it, or read from there."""
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001
-        line = next(
-            (
-                f":{frame.lineno}"
-                for frame in reversed(inspect.getinnerframes(error.__traceback__))
-                if frame.filename == str(path)
-            ),
-            "",
-        )
-        line = f":{error.lineno}" if isinstance(error, SyntaxError) else line
-        why = f"{path}{line} cannot be imported: {type(error).__name__}: {error}"
+        source = path.read_bytes()
+    except OSError as error:
+        why = f"{path} cannot be read: {error.strerror}"
+        raise _refusal(word, why, "path/to/file.py:function, from the working folder") from error
+    name = f"soup_reward_{hashlib.sha256(bytes(path) + source).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    module = sys.modules[name] = ModuleType(name)  # dataclasses look their module up
+    module.__file__ = str(path)
+    try:
+        exec(compile(source, path, "exec", dont_inherit=True), vars(module))
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            lines.append(error.lineno)
+        why = f"{path}:{lines[-1] if lines else ''} cannot be imported: {_brief(error)}"
         raise _refusal(word, why, "a file that Python can import") from error
     return module
 
 
-def _checked(word: str, function: Callable[..., Any]) -> Callable[..., list[float | None]]:
+def _brief(error: BaseException) -> str:
+    told = str(error.msg if isinstance(error, SyntaxError) else error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {told[:200]}" if told else type(error).__name__
+
+
+def _checked(word: str, function: Callable[..., Any]) -> Reward:
     """The function, with every call's outcome looked at."""
 
     @functools.wraps(function)
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **given: Any) -> list[float | None]:
         def sample(place: int) -> str:
-            asked, said = (_text(one[place])[:60] for one in (prompts, completions))
-            return f"sample {place} ({asked!r}, answered {said!r})"
+            asked = prompts[place] if isinstance(prompts[place], str) else prompts[place][-1:]
+            return f"sample {place} ({_text(asked)[:60]!r}, answered {_text(completions[place])[:60]!r})"
 
         try:
             values = function(prompts=prompts, completions=completions, **given)
         except Exception as error:
-            where = _culprit(function, prompts, completions, given)
-            told = f"this batch of {len(completions)}" if where is None else sample(where)
-            raise RewardError(
-                f"the reward {word} raised {type(error).__name__}: {error}, on {told}"
-            ) from error
+            place = _culprit(error, function, {"prompts": prompts, "completions": completions, **given})
+            told = f"this batch of {len(completions)}" if place is None else sample(place)
+            raise RewardError(f"the reward {word} raised {_brief(error)}, on {told}") from error
         values = values.tolist() if hasattr(values, "tolist") else values
-        if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != len(completions):
+        listed = isinstance(values, Sequence) and not isinstance(values, str | bytes)
+        if not listed or len(values) != len(completions):
             size = f" of {len(values)}" if hasattr(values, "__len__") else ""
-            raise RewardError(
-                f"the reward {word} returned a {type(values).__name__}{size}, and not a list of {len(completions)} "
-                f"numbers; the first is {sample(0)}"
-            )
+            told = f"a {type(values).__name__}{size}, and not a list of {len(completions)} numbers"
+            raise RewardError(f"the reward {word} returned {told}; the first is {sample(0)}")
         for place, value in enumerate(values):
-            if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
-                raise RewardError(
-                    f"the reward {word} gave {value!r} to {sample(place)}, which is no finite number"
-                )
-        return list(values)
+            if value is not None and not (isinstance(value, Real) and abs(value) <= FLOAT32_MAX):
+                told = f"{repr(value)[:60]} to {sample(place)}"
+                raise RewardError(f"the reward {word} gave {told}, which is no finite number")
+        return [None if value is None else float(value) for value in values]
 
     reward.__name__ = word
     return reward
 
 
-def _culprit(
-    function: Callable[..., Any], prompts: Sequence[Any], completions: Sequence[Any], given: Mapping[str, Any]
-) -> int | None:
-    """The first sample that fails when it stands alone."""
-    for place in range(len(completions)):
-        one = {
-            name: [value[place]] if isinstance(value, list) and len(value) == len(completions) else value
-            for name, value in given.items()
-        }
+def _culprit(error: Exception, function: Callable[..., Any], call: Mapping[str, Any]) -> int | None:
+    """The first sample that fails in the same way when it stands alone."""
+    size = len(call["completions"])
+    split = {name for name, value in call.items() if isinstance(value, list) and len(value) == size}
+    for place in range(size):
         try:
-            function(prompts=[prompts[place]], completions=[completions[place]], **one)
-        except Exception:  # noqa: BLE001
-            return place
+            function(**{name: [value[place]] if name in split else value for name, value in call.items()})
+        except Exception as again:
+            if type(again) is type(error):
+                return place
     return None

@@ -142,7 +142,10 @@ REFUSED = {
     "PPO without a reward": (("task=ppo",), "task.reward_model"),
     "liger on a CPU": (("training.use_liger=true",), "training.use_liger"),
     "float16 on a CPU": (("model.dtype=float16",), "model.dtype"),
-    "dora with unsloth on a CPU": (("backend=unsloth", "lora=dora"), "lora.use_dora"),
+    "preferences with unsloth on a CPU": (("backend=unsloth", "task=dpo"), "task"),
+    "packing with unsloth on a CPU": (("backend=unsloth", "training.packing=true"), "training.packing"),
+    "8 bits with unsloth on a CPU": (("backend=unsloth", "model.quantization=8bit"), "model.quantization"),
+    "an 8-bit optimizer with unsloth on a CPU": (("backend=unsloth", "optim=adamw_8bit"), "optim"),
 }
 
 

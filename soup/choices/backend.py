@@ -13,7 +13,10 @@ def transformers(*, kernels: Literal["auto", "stock"]) -> BackendSpec:
 
 
 def unsloth(*, kernels: Literal["auto", "stock"]) -> BackendSpec:
-    """Unsloth, imported before transformers in a process of its own."""
+    """Unsloth, imported before transformers in a process of its own. No GPU has run it here yet."""
     return BackendSpec(
-        unsloth=True, kernels=kernels, requires=(Package(distribution="unsloth", extra="unsloth"),)
+        unsloth=True,
+        kernels=kernels,
+        requires=(Package(distribution="unsloth", extra="unsloth"),),
+        effects=("unsloth:patches", "unsloth:kernels"),
     )

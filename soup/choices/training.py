@@ -69,6 +69,7 @@ def training(
             "seed": seed,
             "data_seed": data_seed,
             "gradient_checkpointing": gradient_checkpointing,
+            **({"packing": True} if packing else {}),
         },
         effects=(
             "loop:length",
@@ -78,5 +79,6 @@ def training(
             "loop:data_order",
             "loop:intervals",
             "loop:gradient_checkpointing",
+            "data:packing",
         ),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from soup import inputs
+from soup.cli import hints
 from soup.cli.check import Checked, valid
 from soup.cli.compose import Point, differing
 from soup.cli.process import threads, train
@@ -22,6 +23,8 @@ def run(points: Sequence[Point], args: Namespace) -> int:  # noqa: ARG001
 
     console = Console(highlight=False)
     ready = valid(points, train=True)
+    if hint := hints.unsloth(ready):
+        Console(stderr=True, highlight=False).print(hint)
     if len(ready) < len(points):
         console.print(f"{len(points) - len(ready)} of {len(points)} points are invalid and left out")
     placed = [(one, settle(one)) for one in ready]

@@ -25,6 +25,8 @@ def rows(built: Any) -> Iterator[Effect]:
         with pa.memory_map(str(entry.open())) as file:
             table = pa.ipc.open_stream(file).read_all()
         whole = built.config.task.head == "score"
+        if "seq_lengths" in dataset.column_names:
+            return _same_documents(dataset, table, built.config.data.max_length)
         if "input_ids" in table.column_names:
             return dataset._indices is None and dataset.data.table.equals(table)
         names = [n for n in table.column_names if n in dataset.column_names]
@@ -73,6 +75,9 @@ def sequence_length(built: Any) -> Iterator[Effect]:
 
         longest = max(len(tokenised(built.tokenizer, prompt)) for prompt in rows[:PROMPTS]["prompt"])
         how = "the longest prompt, as the trainer's tokenizer gives it"
+    elif "seq_lengths" in rows.column_names:
+        longest = max(len(rows[i]["input_ids"]) for i in _longest(rows))
+        how = "the longest packed row the trainer holds"
     else:
         examples = [rows[i] for i in _longest(rows)]
         batch = built.trainer.data_collator([dict(example) for example in examples])
@@ -106,6 +111,9 @@ def label_mask(built: Any) -> Iterator[Effect]:
 
     trainer = built.trainer
     rows = trainer.train_dataset
+    if "seq_lengths" in rows.column_names:
+        yield _packed_labels(built)
+        return
     lengths = pc.list_value_length(rows.data.column("input_ids"))
     longest = pc.index(lengths, pc.max(lengths)).as_py()  # the one that a collator would cut
     examples = [rows[i] for i in dict.fromkeys([*range(min(3, len(rows))), longest])]
@@ -129,3 +137,73 @@ def label_mask(built: Any) -> Iterator[Effect]:
     ok = wrong == 0 and learnt > 0 and asked in ("auto", report.format)
     how = f"{learnt} of {total} tokens are learnt in {len(examples)} rows; {wrong} rows have another mask"
     yield Effect("data.format", asked, report.format, ok, how)
+
+
+def packing(built: Any) -> Iterator[Effect]:
+    """Whether documents share rows and do not see one another: a token of one is changed, and the logits looked at."""
+
+    from soup.effects.task import undisturbed
+
+    asked = built.config.training.packing
+    rows = built.trainer.train_dataset
+    key = "training.packing"
+    if "seq_lengths" not in rows.column_names:
+        yield same(
+            key, asked, bool(getattr(built.trainer, "padding_free", False)), "one document a row, padded"
+        )
+        return
+    counts = [len(lengths) for lengths in rows[:PROMPTS]["seq_lengths"]]
+    if max(counts) == 1:
+        yield same(key, asked, True, f"{len(rows)} rows, each filled by one document")
+        return
+    example = rows[counts.index(max(counts))]
+    first = example["seq_lengths"][0]
+    changed = {**example, "input_ids": [*example["input_ids"]]}
+    changed["input_ids"][0] = example["input_ids"][0] ^ 1  # another token of the vocabulary
+    with undisturbed(built):
+        logits = []
+        for one in (example, changed):
+            batch = built.trainer._prepare_inputs(built.trainer.data_collator([dict(one)]))
+            batch.pop("labels")
+            logits.append(built.model(**batch).logits[0].float())
+        moved = (logits[0] - logits[1]).abs().amax(-1)
+    apart = bool(moved[:first].max() > 0) and bool(moved[first:].max() <= 1e-5 * logits[0].abs().max())
+    how = (
+        f"{len(rows)} rows hold {sum(counts)} documents; a changed token moves logits of its own by "
+        f"{float(moved[:first].max()):.2g} and of the others by {float(moved[first:].max()):.2g}"
+    )
+    yield Effect(key, asked, apart or "documents see one another", asked and apart, how)
+
+
+def _same_documents(dataset: Any, table: Any, max_length: int) -> bool:
+    """Packed rows hold the tokens and labels that were prepared; those that fit a row are there whole."""
+    from soup.effects.task import documents
+
+    def parts(row: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(row["input_ids"]), tuple(row["labels"])
+
+    held = Counter(parts(part) for row in dataset for part in documents(row))
+    made = Counter(parts(row) for row in table.to_pylist())
+    whole = Counter({one: count for one, count in made.items() if len(one[0]) <= max_length})
+    tokens = [sum(len(one[0]) * count for one, count in each.items()) for each in (held, made)]
+    return not whole - held and tokens[0] == tokens[1]
+
+
+def _packed_labels(built: Any) -> Effect:
+    """Labels of a packed batch: those of its documents, but for the first token of each, which nothing predicts."""
+    from soup.effects.task import documents
+
+    rows = built.trainer.train_dataset
+    examples = [rows[i] for i in range(min(3, len(rows)))]
+    collated = built.trainer.data_collator([dict(example) for example in examples])
+    parts = [part for example in examples for part in documents(example)]
+    ids = [number for part in parts for number in part["input_ids"]]
+    labels = [number for part in parts for number in (-100, *part["labels"][1:])]
+    right = collated["input_ids"][0].tolist() == ids and collated["labels"][0].tolist() == labels
+    learnt = sum(label != -100 for label in labels)
+    asked = built.config.tree["data"]["format"]
+    found = built.prepared["train"].report.format
+    how = f"{learnt} of {len(ids)} tokens are learnt in {len(parts)} documents of {len(examples)} packed rows"
+    return Effect(
+        "data.format", asked, found if right else "another mask", right and asked in ("auto", found), how
+    )

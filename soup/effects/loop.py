@@ -169,26 +169,36 @@ def intervals(built: Any) -> Iterator[Effect]:
 
 
 def gradient_checkpointing(built: Any) -> Iterator[Effect]:
-    """How often each layer's forward runs for one backward: twice where it is recomputed.
-
-    The switches are set for it as `transformers` sets them from the arguments when training begins.
-    """
-    trainer, model = built.trainer, built.model
+    """How often each layer's forward runs for one backward: twice where it is recomputed."""
+    key = "training.gradient_checkpointing"
     wanted = built.config.training.gradient_checkpointing
+    try:
+        runs = _recomputing(built)
+    except Exception as error:  # noqa: BLE001, a model that cannot run is refused as well
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        yield Effect(key, wanted, "no forward and backward pass", False, why)
+        return
+    twice = sum(count == 2 for count in runs)
+    effective = twice > 0 if twice in (0, len(runs)) else f"on {twice} of {len(runs)}"
+    how = f"{twice} of {len(runs)} layers ran once more for the backward pass of a short row"
+    yield same(key, wanted, effective, how)
+
+
+def _recomputing(built: Any) -> list[int]:
+    """Forward runs of the layers, with the switches as `transformers` sets them when training begins."""
+    trainer, model = built.trainer, built.model
     before = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     hooks = {m: set(m._forward_hooks) for m in model.modules()}
     if trainer.args.gradient_checkpointing and not before:
         model.gradient_checkpointing_enable(dict(trainer.args.gradient_checkpointing_kwargs or {}))
-    runs = _forwards(built)
-    if trainer.args.gradient_checkpointing and not before:
-        model.gradient_checkpointing_disable()
-    for module, kept in hooks.items():  # on the embedding, for gradients of its output
-        for added in set(module._forward_hooks) - kept:
-            del module._forward_hooks[added]
-    twice = sum(count == 2 for count in runs)
-    effective = twice > 0 if twice in (0, len(runs)) else f"on {twice} of {len(runs)}"
-    how = f"{twice} of {len(runs)} layers ran once more for the backward pass of a short row"
-    yield same("training.gradient_checkpointing", wanted, effective, how)
+    try:
+        return _forwards(built)
+    finally:
+        if trainer.args.gradient_checkpointing and not before:
+            model.gradient_checkpointing_disable()
+        for module, kept in hooks.items():  # on the embedding, for gradients of its output
+            for added in set(module._forward_hooks) - kept:
+                del module._forward_hooks[added]
 
 
 def _forwards(built: Any) -> list[int]:
@@ -242,8 +252,6 @@ def features_off(built: Any) -> Iterator[Effect]:
         value = tree[key]
         return Effect(f"training.{key}", value, value if not on else "on", not on, how)
 
-    packs = bool(getattr(trainer, "padding_free", False))
-    yield off("packing", packs, "rows reach the model one document each, padded")
     liger = bool(trainer.args.use_liger_kernel) or any("liger" in name for name in classes)
     yield off("use_liger", liger, "no module comes from liger_kernel")
     attention = getattr(model.config, "_attn_implementation", None)

@@ -163,7 +163,8 @@ def rope(built: Any) -> Iterator[Effect]:
 def kernels(built: Any) -> Iterator[Effect]:
     """Whose forward functions the modules run: each its own library's, but for the head's loss in chunks (TRL)."""
     asked = built.config.backend.kernels
-    foreign = sorted({owner for module in built.model.modules() if (owner := _foreign_forward(module))})
+    owners = {owner for module in built.model.modules() if (owner := forward_owner(module))}
+    foreign = sorted(owners - {"trl", "accelerate"})
     how = "every module runs its library's own forward"
     if asked == "auto":
         how += "; soup has no kernels of its own yet"
@@ -171,7 +172,7 @@ def kernels(built: Any) -> Iterator[Effect]:
     yield Effect("backend.kernels", asked, effective, not foreign, how)
 
 
-def _foreign_forward(module: Any) -> str | None:
+def forward_owner(module: Any) -> str | None:
     """The package that replaced a module's forward function, `None` where it is its class's own."""
     owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
     replaced = vars(module).get("forward", owner.forward)
@@ -179,7 +180,7 @@ def _foreign_forward(module: Any) -> str | None:
         replaced = replaced.func
     package = (getattr(replaced, "__module__", None) or "unknown").partition(".")[0]
     own = owner.__module__.partition(".")[0]
-    return None if package in (own, "trl", "accelerate") else package
+    return None if package == own else package
 
 
 def _product_dtype(built: Any) -> Any:

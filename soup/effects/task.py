@@ -59,11 +59,13 @@ def _loss(built: Any) -> Iterator[Effect]:
         batch = trainer._prepare_inputs(trainer.data_collator([dict(example) for example in examples]))
 
         def measured() -> list[Row]:
-            return [_row(built, example) for example in examples]
+            return [_row(built, part) for example in examples for part in documents(example)]
 
         reference = measured()
         with _moved(model, measured, reference, built.config.task.reference) as policy:
-            live = float(trainer.compute_loss(model, batch)) - _router_loss(trainer)
+            with torch.enable_grad():  # the loss that trains; Unsloth computes another way without gradients
+                live = float(trainer.compute_loss(model, batch).detach())
+            live -= _router_loss(trainer)
     yield from _compared(built, live, lambda **knobs: float(formula(policy, reference, **knobs)), formula)
 
 
@@ -235,6 +237,17 @@ def _examples(rows: Any) -> list[Mapping[str, Any]]:
 
 def _first(values: Sequence[Any], wanted: Any) -> int | None:
     return next((i for i, value in enumerate(values) if value == wanted), None)
+
+
+def documents(example: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The documents of a packed row; another row is one of its own."""
+    if "seq_lengths" not in example:
+        yield example
+        return
+    start = 0
+    for length in example["seq_lengths"]:
+        yield {name: example[name][start : start + length] for name in ("input_ids", "labels")}
+        start += length
 
 
 def _row(built: Any, example: Mapping[str, Any]) -> Row:

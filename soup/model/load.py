@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,7 @@ def load_model(
     if head == "score":
         kind = AutoModelForSequenceClassification
         options["num_labels"] = 1
-    try:
+    with readable(spec):
         model, loaded = kind.from_pretrained(
             folder,
             dtype=precise.weights,
@@ -95,6 +97,15 @@ def load_model(
             output_loading_info=True,
             **options,
         )
+    complete(spec, loaded["missing_keys"])
+    return model
+
+
+@contextmanager
+def readable(spec: ModelSpec) -> Iterator[None]:
+    """Turns what loading raises about a folder into a refusal."""
+    try:
+        yield
     except (ValueError, OSError, SafetensorError) as error:
         raise Refused(
             Problem(
@@ -104,16 +115,19 @@ def load_model(
                 fix="a model folder or name whose config.json describes a causal language model",
             )
         ) from error
-    if missing := sorted(set(loaded["missing_keys"]) - SCORE):  # transformers would start from random ones
+
+
+def complete(spec: ModelSpec, missing: Iterable[str]) -> None:
+    """Refuses a model whose folder lacks weights: transformers would start from random ones."""
+    if lacking := sorted(set(missing) - SCORE):
         raise Refused(
             Problem(
                 key="model.base",
                 value=spec.base,
-                why=f"has no weights for {len(missing)} of the tensors, {missing[0]} among them",
+                why=f"has no weights for {len(lacking)} of the tensors, {lacking[0]} among them",
                 fix="a folder whose weights are those of its config.json",
             )
         )
-    return model
 
 
 def adapter(spec: LoraSpec, head: str = "causal") -> LoraConfig | None:

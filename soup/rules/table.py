@@ -107,6 +107,12 @@ RULES: tuple[Rule, ...] = (
         fix="backend=transformers, or training.packing=false",
         source=UNSLOTH_CPU,
     ),
+    Rule(
+        key="data.on_too_long",
+        when={"training.packing": True, "task": "pretrain", "data.on_too_long": Not("truncate")},
+        why="packed documents are cut where a row is full and go on in the next, so none is too long",
+        fix="data.on_too_long=truncate, or training.packing=false",
+    ),
     # Unsloth
     Rule(
         key="task",
@@ -116,17 +122,17 @@ RULES: tuple[Rule, ...] = (
         source=UNSLOTH_CPU,
     ),
     Rule(
-        key="lora.use_dora",
-        when={"backend": "unsloth", "device": "cpu", "lora.use_dora": True},
-        why="Unsloth has no GPU here (device=cpu), and the loader of its CPU backend drops DoRA",
-        fix="backend=transformers, lora=lora, or launch.device=cuda to plan for a GPU",
-        source=UNSLOTH_CPU,
-    ),
-    Rule(
         key="model.quantization",
         when={"backend": "unsloth", "device": "cpu", "model.quantization": "8bit"},
         why="Unsloth's CPU backend loads 4-bit or plain weights",
         fix="model.quantization=4bit or none, or backend=transformers",
+        source=UNSLOTH_CPU,
+    ),
+    Rule(
+        key="optim",
+        when={"backend": "unsloth", "device": "cpu", "optim": "adamw_8bit"},
+        why="Unsloth's CPU backend puts AdamW in the place of 8-bit optimizers",
+        fix="optim=adamw, or backend=transformers",
         source=UNSLOTH_CPU,
     ),
     Rule(
@@ -195,9 +201,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         key="distributed",
-        when={"task": "ppo", "distributed": SHARDED},
-        why="PPO holds four models, and TRL 1.12 shards only the one that trains",
-        fix="distributed=none or ddp",
+        when={"task": "ppo", "distributed": Not("none")},
+        why="TRL 1.12's PPO reads policy and value model through one wrapper, which several processes hide",
+        fix="distributed=none",
     ),
     Rule(
         key="longctx.use_ring_attention",
@@ -326,7 +332,6 @@ RULES: tuple[Rule, ...] = (
         fix="task.reward_model=FOLDER, as `python -m soup task=reward` trains one from preference pairs",
     ),
     # Composes and plans; the training part is not built yet
-    _pending("backend", "unsloth"),
     _pending("optim", Not("adamw")),
     _pending("distributed", Not("none")),
     _pending("longctx", Not("none")),
@@ -335,7 +340,6 @@ RULES: tuple[Rule, ...] = (
     _pending("model.quantization_aware", True),
     _pending("model.moe", True),
     _pending("data.streaming", True),
-    _pending("training.packing", True),
     _pending("training.use_liger", True),
     _pending("training.use_flash_attn", OneOf("v2", "v3")),
     _pending("training.neftune_alpha", Above(0)),

@@ -16,9 +16,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from soup.device import resolve
 from soup.effects import NotInForce, to_json
 from soup.errors import RecordError, Refused
+from soup.model import unsloth
 from soup.record import Run, write_json
+from soup.schema import check
 from soup.train.stopper import INTERRUPTED, Stopper
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -69,7 +72,7 @@ def main(words: list[str]) -> int:
 
 
 def _train(run: Run, console: Any, stopper: Stopper) -> int:
-    from soup.train import job
+    job = _job(run)
     from soup.train.progress import Display
 
     run.result_file.unlink(missing_ok=True)
@@ -77,10 +80,18 @@ def _train(run: Run, console: Any, stopper: Stopper) -> int:
 
 
 def _prove(run: Run) -> int:
+    write_json(run.effective, to_json(_job(run).prove(run)))
+    return 0
+
+
+def _job(run: Run) -> Any:
+    """`soup.train.job`, whose imports Unsloth must come before where it is the backend."""
+    config = check(run.tree())
+    if config.backend.unsloth:
+        unsloth.take_over(resolve(config.launch.device))
     from soup.train import job
 
-    write_json(run.effective, to_json(job.prove(run)))
-    return 0
+    return job
 
 
 def _failed(run: Run, console: Any, error: str, *, status: int = 1, **details: str) -> int:

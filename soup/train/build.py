@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from soup.data.prepare import Prepared, prepare
 from soup.device import Device
 from soup.errors import Problem, Refused
 from soup.inputs import data_arguments
+from soup.model import unsloth
 from soup.model.load import Precision, adapter, load_model, load_tokenizer, precision
 from soup.schema import Config, merge_arguments
 from soup.train.trainer import Resumable
@@ -48,33 +50,24 @@ def build(config: Config, *, device: Device, model_folder: Path, output: Path) -
     precise = precision(config.model, config.lora, device)
     tokenizer = load_tokenizer(model_folder, config.model)
     set_seed(config.training.seed)  # a new head is drawn while loading
-    model = load_model(model_folder, config.model, precise, device, head=config.task.head)
-    extra = _load(f"soup.train.{config.task.extra}") if config.task.extra else lambda *_: {}
-    trainer_class, args_class = _load(config.task.trainer), _load(config.task.config)
-    set_seed(config.training.seed)  # adapters are initialised by the trainer, before it sets the seed itself
-    try:
+    with _named_modules(config):
+        model, peft_config = _model(config, model_folder, precise, device)
+        extra = _load(f"soup.train.{config.task.extra}") if config.task.extra else lambda *_: {}
+        trainer_class, args_class = _load(config.task.trainer), _load(config.task.config)
+        set_seed(
+            config.training.seed
+        )  # adapters are initialised by the trainer, before it sets the seed itself
         trainer = type(trainer_class.__name__, (Resumable, trainer_class), {})(
             model=model,
             args=args_class(
                 **_own_router_loss(model, args_class) | _arguments(config, device, precise, prepared, output)
             ),
-            train_dataset=_dataset(prepared["train"]),
+            train_dataset=_packed(_dataset(prepared["train"]), config),
             eval_dataset=_dataset(prepared["eval"]) if "eval" in prepared else None,
             processing_class=tokenizer,
-            peft_config=adapter(config.lora, config.task.head),
+            peft_config=peft_config,
             **extra(config, model_folder, precise, device),
         )
-    except ValueError as error:
-        if "arget modules" not in str(error):
-            raise
-        raise Refused(
-            Problem(
-                key="lora.target_modules",
-                value=config.tree["lora"]["target_modules"],
-                why=f"not in this model: {str(error).splitlines()[0]}",
-                fix="lora.target_modules=all-linear, or names of its linear layers such as [q_proj,v_proj]",
-            )
-        ) from error
     return Built(
         config=config,
         device=device,
@@ -86,6 +79,32 @@ def build(config: Config, *, device: Device, model_folder: Path, output: Path) -
     )
 
 
+def _model(config: Config, folder: Path, precise: Precision, device: Device) -> tuple[Any, Any]:
+    """The model, and the adapters that the trainer is to add: none where Unsloth has added them."""
+    if config.backend.unsloth:
+        return unsloth.load_model(config, folder, precise), None
+    model = load_model(folder, config.model, precise, device, head=config.task.head)
+    return model, adapter(config.lora, config.task.head)
+
+
+@contextmanager
+def _named_modules(config: Config) -> Iterator[None]:
+    """Refuses names that PEFT does not find."""
+    try:
+        yield
+    except ValueError as error:
+        if "arget modules" not in str(error):
+            raise
+        raise Refused(
+            Problem(
+                key="lora.target_modules",
+                value=config.tree["lora"]["target_modules"],
+                why=f"not in this model: {str(error).splitlines()[0]}",
+                fix="lora.target_modules=all-linear, or names of its linear layers such as [q_proj,v_proj]",
+            )
+        ) from error
+
+
 def _arguments(
     config: Config, device: Device, precise: Precision, prepared: Mapping[str, Prepared], output: Path
 ) -> dict[str, Any]:
@@ -95,6 +114,8 @@ def _arguments(
     arguments = {name: value for name, (value, _) in merge_arguments(config).items()}
     if config.task.max_length is not None:
         arguments[config.task.max_length] = config.data.max_length
+    if config.backend.unsloth:
+        arguments |= unsloth.arguments(config.task)
     return arguments | {
         "output_dir": str(output),
         "use_cpu": device.kind == "cpu",
@@ -121,6 +142,20 @@ def _dataset(prepared: Prepared) -> Any:
     from datasets import Dataset
 
     return Dataset.from_file(str(prepared.open()))
+
+
+def _packed(dataset: Any, config: Config) -> Any:
+    """Rows of up to `data.max_length` tokens, each of whole conversations, or of documents cut where one is full.
+
+    Best fit decreasing (arXiv:2404.10830). The column `seq_lengths` keeps them apart.
+    """
+    if not config.training.packing:
+        return dataset
+    from trl import pack_dataset
+
+    return pack_dataset(
+        dataset, config.data.max_length, "bfd_split" if config.task.shape == "text" else "bfd"
+    )
 
 
 def _load(path: str) -> Any:

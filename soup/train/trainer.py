@@ -36,7 +36,9 @@ class Resumable:
         """Counts tokens that are not padding, those of both sides of a pair too; GRPO counts what it generates."""
         if isinstance(inputs, dict):
             masks = [mask for name, mask in inputs.items() if name in MASKS]
-            self.state.num_input_tokens_seen += sum(int(mask.sum()) for mask in masks)
+            counted = sum(int(mask.sum()) for mask in masks)
+            # A packed batch has no padding, so it has no mask.
+            self.state.num_input_tokens_seen += counted if masks else inputs["input_ids"].numel()
         return super().training_step(model, inputs, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -38,10 +38,20 @@ class KTO(KTOTrainer):
 
 
 class Reward(RewardTrainer):
-    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-        return dataset.map(
-            lambda row: {name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")}
-        )
+    """Scores are read at the token that ends the answer, where PPO reads them; what a template writes after it goes."""
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, *_: Any) -> Any:
+        end = processing_class.eos_token_id
+
+        def whole(row: dict[str, Any]) -> dict[str, Any]:
+            answers = {name: row[name] for name in ("chosen_ids", "rejected_ids")}
+            kept = {
+                name: len(ids) - ids[::-1].index(end) if end in ids else len(ids)
+                for name, ids in answers.items()
+            }
+            return {name: row["prompt_ids"] + ids[: kept[name]] for name, ids in answers.items()}
+
+        return dataset.map(whole)
 
 
 class _Rows:

@@ -162,6 +162,9 @@ def unequal(metrics) -> Callable[[Any, Any], list[str]]:
         ]
         assert weights[0]
         found += [] if weights[0] == weights[1] else ["weights"]
+        values = [one.last_checkpoint() / "value_model.safetensors" for one in (one, other)]  # PPO's
+        if values[0].exists() and values[0].read_bytes() != values[1].read_bytes():
+            found.append("value model")
         for file in ("optimizer.pt", "scheduler.pt"):
             states = [torch.load(run.last_checkpoint() / file, weights_only=True) for run in (one, other)]
             found += [] if same(*states) else [file]

@@ -260,8 +260,6 @@ def test_ppo_twice_interrupted(alone, scorer, tree, place, server, start, until,
     last = server(run)
     assert last.wait() == 0, last.stdout.read()
     assert unequal(undisturbed, run) == []
-    before, after = (run.last_checkpoint() / "value_model.safetensors" for run in (undisturbed, run))
-    assert before.read_bytes() == after.read_bytes()
 
 
 def tensorboard_of(run, tags):

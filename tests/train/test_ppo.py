@@ -339,8 +339,15 @@ def test_gradient_checkpointing_changes_no_number(make):
 def test_answers_are_scored_in_the_precision_of_the_update(make, r):
     """With bfloat16 products the policy that answered is the policy that is updated first: the ratio starts at 1, and
     a policy that equals its reference is at no distance from it."""
+    import torch
+
     trainer = make(r=r, max_steps=1, num_ppo_epochs=1, gradient_accumulation_steps=4, bf16=True)
+    products = set()
+    for model in (trainer.policy, trainer.value_model, trainer.reward_model):
+        projection = next(module for name, module in model.named_modules() if name.endswith("q_proj"))
+        projection.register_forward_hook(lambda _module, _args, output: products.add(output.dtype))
     trainer.train()
+    assert products == {torch.bfloat16}
     (line,) = trainer.state.log_history
     assert abs(line["objective/kl"]) < 0.02
     assert line["policy/approxkl_avg"] < 1e-5
@@ -438,7 +445,8 @@ def run(make, tmp_path):
                 if state.global_step == stop:
                     stopper.asked = "SIGTERM"
 
-        display = SimpleNamespace(**dict.fromkeys(("start", "step", "log", "stop"), lambda *_: None))
+        display = SimpleNamespace(**dict.fromkeys(("step", "log", "stop"), lambda *_: None))
+        display.start = lambda *steps: setattr(trainer, "shown", steps)
         for callback in (Interruption(), Loop(trainer, stopper, checkpoint), Recorder(record, display, ())):
             trainer.add_callback(callback)
         try:
@@ -475,6 +483,7 @@ def test_resumed_equals_uninterrupted(run, arguments):
     assert (stopped.state.global_step, stopped.state.episode) == (7, 7 * stopped.args.batch_size)
     assert broken.last_checkpoint().name == "checkpoint-7"
     resumed, _ = run("broken", arguments)
+    assert (alone.shown, stopped.shown, resumed.shown) == ((11, 0), (11, 3), (11, 7))
 
     assert equal(alone.policy.state_dict(), resumed.policy.state_dict())
     assert equal(alone.value_model.state_dict(), resumed.value_model.state_dict())

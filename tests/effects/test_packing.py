@@ -1,0 +1,126 @@
+"""Packed rows: whole documents that do not see one another, the same losses, and no token lost."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+PACKED = ("training.packing=true", "data.max_length=500")
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Documents of a few tokens, and one that is longer than a row."""
+    words = ["lamp"] * 4
+    rows = [
+        {"text": f"The keeper, page {number}. " + " ".join(words * (number % 5 + 1))} for number in range(40)
+    ]
+    rows.append({"text": "A long night. " * 200})
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"data.train={file}"
+
+
+@pytest.mark.parametrize("lora", ["lora", "none"])
+def test_conversations_are_packed_whole(build, wrong, lora):
+    from soup import effects
+
+    built = build(*PACKED, f"lora={lora}")
+    assert wrong(built) == {}
+    rows = built.trainer.train_dataset
+    assert len(rows) < built.prepared["train"].report.rows * 0.8
+    assert sum(map(sum, rows["seq_lengths"])) == built.prepared["train"].report.lengths["sum"]
+    proved = {effect.key: effect for effect in effects.prove(built)}
+    assert proved["training.packing"].effective is True
+    assert (
+        "documents" in proved["training.packing"].how
+        and "of the others by 0" in proved["training.packing"].how
+    )
+    assert proved["task.name"].ok, "the packed loss is that of the documents one by one"
+
+
+def test_long_documents_are_cut_and_nothing_of_them_is_lost(build, wrong, texts):
+    built = build(*PACKED, "task=pretrain", texts, "data.max_length=200")
+    assert wrong(built) == {}
+    rows = built.trainer.train_dataset
+    assert max(map(len, rows["input_ids"])) == 200
+    assert sum(map(len, rows["input_ids"])) == built.prepared["train"].report.lengths["sum"]
+    end = built.tokenizer.eos_token_id
+    assert sum(ids.count(end) for ids in rows["input_ids"]) == 41, "a separator after each document"
+
+
+def test_steps_are_as_planned(build, texts):
+    from soup import schema
+    from soup.device import resolve
+    from soup.effects.optimizer import max_steps
+    from soup.model import source
+    from soup.plan import Lengths, plan
+
+    words = (
+        "task=pretrain",
+        texts,
+        *PACKED,
+        "data.max_length=200",
+        "training.max_steps=null",
+        "training.epochs=3",
+    )
+    built = build(*words)
+    found = built.prepared["train"].report.lengths
+    lengths = Lengths(
+        rows=41,
+        mean=found["mean"],
+        p50=found["p50"],
+        p95=found["p95"],
+        max=found["max"],
+        tokens=found["sum"],
+        learnt=found["sum_labels"],
+        sampled=False,
+        eval_rows=0,
+    )
+    config = schema.check(built.config.tree)
+    planned = plan(config, model=source.config(built.model_folder), device=resolve("cpu"), lengths=lengths)
+    assert planned.steps == pytest.approx(max_steps(built.trainer), rel=0.15)
+
+
+def see_one_another(built):
+    real = built.trainer.data_collator
+
+    def collate(examples):
+        batch = real(examples)
+        import torch
+
+        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
+        return batch
+
+    built.trainer.data_collator = collate
+
+
+def lose_one(built):
+    rows = built.trainer.train_dataset
+    built.trainer.train_dataset = rows.select(range(len(rows) - 1))
+
+
+def learn_the_prompt(built):
+    rows = built.trainer.train_dataset
+    built.trainer.train_dataset = rows.remove_columns("labels").add_column("labels", rows["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("after", "key"),
+    [(see_one_another, "training.packing"), (lose_one, "data.train"), (learn_the_prompt, "data.train")],
+)
+def test_a_pack_that_is_spoilt_is_refused(build, wrong, after, key):
+    built = build(*PACKED)
+    assert wrong(built) == {}
+    after(built)
+    assert key in wrong(built)
+
+
+def test_packing_that_was_not_asked_for_is_refused(build, wrong, monkeypatch):
+    from trl import pack_dataset
+
+    import soup.train.build
+
+    monkeypatch.setattr(soup.train.build, "_packed", lambda rows, _config: pack_dataset(rows, 200, "bfd"))
+    assert "training.packing" in wrong(build())
