@@ -98,6 +98,11 @@ def load_model(
             **options,
         )
     complete(spec, loaded["missing_keys"])
+    for module in model.modules():
+        # At its first evaluation on a CPU with AVX512-BF16, bitsandbytes 0.50 would repack the weights for a kernel
+        # that has no gradient, and leave them so.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,21 @@ class Resumable:
             hidden = old.with_name(f".{old.name}")
             os.replace(old, hidden)
             shutil.rmtree(hidden, ignore_errors=True)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Reads adapters into the parameters that are there.
+
+        PEFT would cast those of 16 bits (TRL's, beside quantized weights) to float32, in new parameters that an optimizer
+        which exists already does not hold.
+        """
+        adapted = hasattr(self.model, "peft_config")
+        if adapted:
+            self.model.load_adapter = partial(self.model.load_adapter, autocast_adapter_dtype=False)
+        try:
+            super()._load_from_checkpoint(*args, **kwargs)
+        finally:
+            if adapted:
+                del self.model.load_adapter
 
     def _between_logs(self) -> dict[str, Any]:
         """What transformers and TRL sum up between two logs, and where metrics.jsonl stands."""
