@@ -79,8 +79,8 @@ class Resumable:
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Reads adapters into the parameters that are there.
 
-        PEFT would cast those of 16 bits (TRL's, beside quantized weights) to float32, in new parameters that an optimizer
-        which exists already does not hold.
+        PEFT would cast those of 16 bits (TRL's, beside quantized weights) to float32, in new parameters: an optimizer
+        that was made before holds the old ones.
         """
         adapted = hasattr(self.model, "peft_config")
         if adapted:
