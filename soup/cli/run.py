@@ -24,7 +24,7 @@ def run(points: Sequence[Point], args: Namespace) -> int:  # noqa: ARG001
     console = Console(highlight=False)
     ready = valid(points, train=True)
     if hint := hints.unsloth(ready):
-        Console(stderr=True, highlight=False).print(hint)
+        Console(stderr=True, highlight=False).print(hint, soft_wrap=True)
     if len(ready) < len(points):
         console.print(f"{len(points) - len(ready)} of {len(points)} points are invalid and left out")
     placed = [(one, settle(one)) for one in ready]

@@ -36,6 +36,8 @@ from soup.device import resolve
 from soup.model import unsloth
 unsloth.take_over(resolve("cpu"))
 import soup.train.job, soup.train.__main__ as training
+
+pytestmark = pytest.mark.slow
 print("READY", flush=True)
 for line in sys.stdin:
     words, code, out = json.loads(line)
@@ -180,7 +182,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(trained, unsloth, place, tree, unequa
     assert unequal(run, trained(name)) == []
 
 
-@pytest.mark.slow
 def test_processes_as_soup_starts_them_stop_and_go_on(trained, place, tree, start, until, unequal):
     run = place(tree("backend=unsloth", *JOB, *CHOICES["adapters"]))
     process = start(run)
