@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 JOB = (
     "training.max_steps=20",
     "training.logging_steps=1",
@@ -36,8 +38,6 @@ from soup.device import resolve
 from soup.model import unsloth
 unsloth.take_over(resolve("cpu"))
 import soup.train.job, soup.train.__main__ as training
-
-pytestmark = pytest.mark.slow
 print("READY", flush=True)
 for line in sys.stdin:
     words, code, out = json.loads(line)
