@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -82,6 +83,21 @@ def same(key: str, requested: Any, effective: Any, how: str) -> Effect:
     else:
         ok = requested == effective
     return Effect(key, requested, effective, ok, how)
+
+
+@contextmanager
+def as_it_was(model: Any) -> Iterator[None]:
+    """Afterwards torch's random state and the modes of the model's modules are what they were before."""
+    import torch
+
+    modes = {module: module.training for module in model.modules()}
+    cuda = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -72,12 +72,12 @@ def trainable(built: Any) -> Iterator[Effect]:
             how = f"{sum(trains.values()):,} of {total:,} parameters train"
             yield Effect("training.freeze_layers", 0, "some weights are frozen", False, how)
         return
-    heads = {id(p) for head in _heads(built) for p in head.parameters()}
-    held = {id(p): name for name, p in built.model.named_parameters() if p.requires_grad}
+    scores = _heads(built) if built.config.task.head == "score" else []
+    also = {id(p) for head in scores for p in head.parameters()}
     foreign = [
         name
-        for key, name in held.items()
-        if "lora_" not in name and not (built.config.task.head == "score" and key in heads)
+        for name, p in built.model.named_parameters()
+        if p.requires_grad and "lora_" not in name and id(p) not in also
     ]
     still = [name for name, p in built.model.named_parameters() if "lora_" in name and not p.requires_grad]
     if foreign or still or not trains:

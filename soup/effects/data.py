@@ -71,9 +71,9 @@ def sequence_length(built: Any) -> Iterator[Effect]:
     report = built.prepared["train"].report
     rows = built.trainer.train_dataset
     if built.config.task.shape == "prompt":
-        from soup.effects.task import tokenised
+        from soup.model.load import prompt_ids
 
-        longest = max(len(tokenised(built.tokenizer, prompt)) for prompt in rows[:PROMPTS]["prompt"])
+        longest = max(len(prompt_ids(built.tokenizer, prompt)) for prompt in rows[:PROMPTS]["prompt"])
         how = "the longest prompt, as the trainer's tokenizer gives it"
     elif "seq_lengths" in rows.column_names:
         longest = max(len(rows[i]["input_ids"]) for i in _longest(rows))
@@ -96,7 +96,7 @@ def _longest(rows: Any) -> list[int]:
     """Numbers of the rows that have most tokens, one for each column of tokens."""
     import pyarrow.compute as pc
 
-    columns = [name for name in rows.column_names if name.endswith(("_ids", "input_ids"))]
+    columns = [name for name in rows.column_names if name.endswith("_ids")]
     table = rows.with_format("arrow")[:]
     lengths = [pc.list_value_length(table.column(name)) for name in columns]
     return list(dict.fromkeys(pc.index(one, pc.max(one)).as_py() for one in lengths))
@@ -107,16 +107,13 @@ def label_mask(built: Any) -> Iterator[Effect]:
 
     It stands for `data.format`: the format decides what is learnt.
     """
-    import pyarrow.compute as pc
-
     trainer = built.trainer
     rows = trainer.train_dataset
     if "seq_lengths" in rows.column_names:
         yield _packed_labels(built)
         return
-    lengths = pc.list_value_length(rows.data.column("input_ids"))
-    longest = pc.index(lengths, pc.max(lengths)).as_py()  # the one that a collator would cut
-    examples = [rows[i] for i in dict.fromkeys([*range(min(3, len(rows))), longest])]
+    # The first rows, and the longest, which a collator would cut.
+    examples = [rows[i] for i in dict.fromkeys([*range(min(3, len(rows))), *_longest(rows)])]
     collated = trainer.data_collator([dict(example) for example in examples])
     wrong = 0
     for row, example in enumerate(examples):
@@ -141,7 +138,6 @@ def label_mask(built: Any) -> Iterator[Effect]:
 
 def packing(built: Any) -> Iterator[Effect]:
     """Whether documents share rows and do not see one another: a token of one is changed, and the logits looked at."""
-
     from soup.effects.task import undisturbed
 
     asked = built.config.training.packing

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
-from soup.effects import Effect, same
+from soup.effects import Effect, as_it_was, same
 from soup.effects.optimizer import max_steps
 
 
@@ -214,18 +214,14 @@ def _forwards(built: Any) -> list[int]:
         counts[module] += 1
 
     handles = [layer.register_forward_pre_hook(count) for layer in layers]
-    modes = {module: module.training for module in model.modules()}
-    cuda = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     ids_1T = torch.arange(8, device=built.trainer.args.device)[None]
-    model.train()
     try:
-        with torch.random.fork_rng(devices=cuda), built.trainer.compute_loss_context_manager():
+        with as_it_was(model), built.trainer.compute_loss_context_manager():
+            model.train()
             model(input_ids=ids_1T, use_cache=False).logits.float().mean().backward()
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
         for parameter in model.parameters():
             parameter.grad = None
     return [count for count in counts.values() if count]

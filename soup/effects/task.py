@@ -18,18 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soup.effects import Effect, losses, same
+from soup.effects import Effect, as_it_was, losses, same
 from soup.effects.losses import Row
 from soup.effects.model import tensors
+from soup.model.load import prompt_ids
 
 ROWS = 3
-MOVES = (
-    1e-3,
-    1e-2,
-    1e-1,
-    1.0,
-)  # of the parameter; the first that moves a log-probability by MOVED nats is taken
-MOVED = 2.0
+MOVES = (1e-3, 1e-2, 1e-1, 1.0)  # of the parameter: the first that moves a row's log-probability far enough
+MOVED = 2.0  # nats
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative, or of 1 for small losses
 COARSE = 5e-2  # bfloat16, float16 and quantized weights
 SIDES = {  # of columns with token ids, and what a row's sides are called
@@ -80,7 +76,7 @@ def group_loss(built: Any) -> Iterator[Effect]:
     trainer, model = built.trainer, built.model
     device = trainer.args.device
     tree = built.config.tree["task"]
-    prompt = tokenised(built.tokenizer, trainer.train_dataset[0]["prompt"])
+    prompt = prompt_ids(built.tokenizer, trainer.train_dataset[0]["prompt"])
     answers = [(prompt * 5)[:5], (prompt * 3)[-3:]]
     longest = max(map(len, answers))
     advantages = torch.tensor([1.0, -0.5])
@@ -279,28 +275,16 @@ def _score(built: Any, ids: Sequence[int]) -> Tensor:
         return built.model(input_ids=ids_1T).logits[0, 0].double().cpu()
 
 
-def tokenised(tokenizer: Any, prompt: Any) -> list[int]:
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    return list(
-        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-    )
-
-
 @contextmanager
 def undisturbed(built: Any) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards random state, modes and the trainer's sums are as they were."""
     trainer, model = built.trainer, built.model
     kept = {name: deepcopy(getattr(trainer, name)) for name in KEPT if name in vars(trainer)}
-    modes = {module: module.training for module in model.modules()}
-    cuda = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    model.eval()
     try:
-        with torch.random.fork_rng(devices=cuda), torch.no_grad():
+        with as_it_was(model), torch.no_grad():
+            model.eval()
             yield
     finally:
-        for module, training in modes.items():
-            module.training = training
         for name, value in kept.items():
             setattr(trainer, name, value)
 

@@ -65,6 +65,14 @@ def load_tokenizer(folder: Path, spec: ModelSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
+    """Tokens of a text as it is, or of messages up to where the assistant's answer begins."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def load_model(
     folder: Path, spec: ModelSpec, precise: Precision, device: Device, *, head: str = "causal"
 ) -> torch.nn.Module:

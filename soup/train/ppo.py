@@ -28,6 +28,7 @@ from trl.experimental.ppo import PPOTrainer
 from trl.experimental.ppo.ppo_trainer import OnlineTrainerState
 
 from soup.errors import Problem, Refused
+from soup.model.load import prompt_ids
 
 VALUE = "value_model.safetensors"
 
@@ -81,7 +82,7 @@ class PPO(PPOTrainer):
         args.stop_token = "eos"
 
         tokenizer = deepcopy(processing_class)
-        ids = [_tokenised(tokenizer, row["prompt"]) for row in train_dataset]
+        ids = [prompt_ids(tokenizer, row["prompt"]) for row in train_dataset]
         tokenizer.pad_token = _padding(tokenizer, ids, model.config.get_text_config().vocab_size)
         self._pad = tokenizer.pad_token_id
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list)}  # since the last log
@@ -294,14 +295,6 @@ class _Place(TrainerCallback):
         state.global_step = self.done
         state.episode = self.done * args.batch_size
         state.num_train_epochs = math.ceil(self.trainer.updates / self.trainer.per_epoch)
-
-
-def _tokenised(tokenizer: Any, prompt: Any) -> list[int]:
-    """A text as it is, or messages up to where the assistant's answer begins."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _padding(tokenizer: Any, prompts: list[list[int]], vocabulary: int) -> str:

@@ -213,6 +213,24 @@ TASKS = {
 QUICK = {("dpo", "none"), ("kto", "lora"), ("orpo", "lora"), ("grpo", "lora")}
 
 
+@pytest.fixture
+def twice_interrupted(alone, tree, place, server, start, until, unequal, whole):
+    """Trains a run through SIGKILL and SIGTERM, and compares it with the one that was left alone."""
+
+    def trained(words):
+        undisturbed = alone(words)
+        run = place(tree(*words))
+        happens = Interruptions(run, server, start, until)
+        assert happens.at(signal.SIGKILL) == -signal.SIGKILL
+        assert happens.at(signal.SIGTERM) == 130
+        whole(run)
+        last = server(run)
+        assert last.wait() == 0, last.stdout.read()
+        assert unequal(undisturbed, run) == []
+
+    return trained
+
+
 @pytest.mark.parametrize(
     ("task", "lora"),
     [
@@ -221,18 +239,10 @@ QUICK = {("dpo", "none"), ("kto", "lora"), ("orpo", "lora"), ("grpo", "lora")}
         for lora in ("lora", "none")
     ],
 )
-def test_every_task_twice_interrupted(alone, tree, place, server, start, until, unequal, whole, task, lora):
+def test_every_task_twice_interrupted(twice_interrupted, task, lora):
     """Over several epochs, with what each trainer keeps between two logs."""
     words = (f"task={task}", f"lora={lora}", *TASK, *TASKS[task])
-    undisturbed = alone(words)
-    run = place(tree(*words))
-    happens = Interruptions(run, server, start, until)
-    assert happens.at(signal.SIGKILL) == -signal.SIGKILL
-    assert happens.at(signal.SIGTERM) == 130
-    whole(run)
-    last = server(run)
-    assert last.wait() == 0, last.stdout.read()
-    assert unequal(undisturbed, run) == []
+    twice_interrupted(words)
 
 
 @pytest.fixture(scope="module")
@@ -249,17 +259,9 @@ def scorer(tiny_model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("lora", ["lora", pytest.param("none", marks=pytest.mark.slow)])
-def test_ppo_twice_interrupted(alone, scorer, tree, place, server, start, until, unequal, whole, lora):
+def test_ppo_twice_interrupted(twice_interrupted, scorer, lora):
     words = ("task=ppo", f"task.reward_model={scorer}", "task.response_length=8", f"lora={lora}", *TASK)
-    undisturbed = alone(words)
-    run = place(tree(*words))
-    happens = Interruptions(run, server, start, until)
-    assert happens.at(signal.SIGKILL) == -signal.SIGKILL
-    assert happens.at(signal.SIGTERM) == 130
-    whole(run)
-    last = server(run)
-    assert last.wait() == 0, last.stdout.read()
-    assert unequal(undisturbed, run) == []
+    twice_interrupted(words)
 
 
 def tensorboard_of(run, tags):
