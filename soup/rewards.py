@@ -51,7 +51,11 @@ def load(rewards: Sequence[str]) -> list[Reward]:
         Refused: with a problem for each name that cannot be used.
     """
     loaded, problems = [], []
-    for word in rewards:
+    for word in sorted({word for word in rewards if rewards.count(word) > 1}):
+        why = f"{word} is there {rewards.count(word)} times, and TRL logs rewards by their names"
+        fix = "each reward once; task.reward_weights makes one count for more"
+        problems.append(Problem(key=KEY, value=word, why=why, fix=fix))
+    for word in dict.fromkeys(rewards):
         try:
             loaded.append(_checked(word, _built_in(word) if _path(word) is None else _own(word)))
         except Refused as refused:

@@ -232,6 +232,13 @@ def test_refused(word, why, fix):
     assert problem.key == "task.rewards" and problem.value == word and problem.fix.startswith(fix)
 
 
+def test_a_reward_is_named_once():
+    with pytest.raises(Refused, match="json is there 2 times") as refused:
+        rewards.load(["json", "length:5", "json", "length:6"])
+    (problem,) = refused.value.problems
+    assert problem.key == "task.rewards" and problem.value == "json" and "reward_weights" in problem.fix
+
+
 def test_problems_come_together(own):
     bad = own("reward = 3\n")
     with pytest.raises(Refused) as refused:
