@@ -171,9 +171,11 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
     """Predicts size, steps, peak memory of one device, and disk.
 
     Raises:
-        Refused: the data do not fill a single step of a task that leaves smaller ones out.
+        Refused: the data do not fill a single step of a task that leaves smaller ones out, or a row is longer than
+            the model's context.
     """
     decoder = shape(model)
+    _within_context(config, model, lengths)
     training, task, spread, lora = config.training, config.task, config.distributed, config.lora
     notes: dict[str, str] = {}
     adapters = adapter_parameters(config, decoder)
@@ -253,6 +255,32 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
         disk_bytes=round(disk),
         sampled=lengths.sampled,
         notes=notes,
+    )
+
+
+def _within_context(config: Config, model: Mapping[str, Any], lengths: Lengths) -> None:
+    """Refuses a row that, with what is generated after it, reaches positions that the model was not made for."""
+    context = (model.get("text_config") or model).get("max_position_embeddings")
+    longest = min(config.data.max_length, lengths.max)
+    if (
+        context is None
+        or config.longctx.rope_scaling_type != "none"
+        or longest + config.task.generates <= context
+    ):
+        return
+    why = f"a row has {longest} tokens, and the model's own context is {context}"
+    if config.task.generates:
+        why = f"a prompt has {longest} tokens, {config.task.generates} are generated after it, and the model's own "
+        why += f"context is {context}"
+    room = context - config.task.generates
+    fewer = f"data.max_length={room}" if room > 0 else "fewer generated tokens"
+    raise Refused(
+        Problem(
+            key="data.max_length",
+            value=config.data.max_length,
+            why=why,
+            fix=f"{fewer}, or a longer context by longctx=yarn",
+        )
     )
 
 

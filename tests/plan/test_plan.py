@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from soup.device import Device
+from soup.errors import Refused
 from soup.plan import Lengths, adapter_parameters, plan, shape
 from soup.schema import check
 
@@ -137,6 +138,18 @@ def test_a_million_tokens_plan(compose):
     ring = ["longctx.use_ring_attention=true", "longctx.ring_size=8", "distributed=zero3"]
     eight = planned(compose, *words, *ring, "distributed.processes=8", device=cuda, lengths=lengths)
     assert eight.memory["activations"] * 8 == pytest.approx(one.memory["activations"], rel=1e-6)
+
+
+@pytest.mark.parametrize("generated, task", [(0, "task=sft"), (16, "task.max_completion_length=16")])
+def test_a_row_beyond_the_models_context_is_refused(generated, task, compose):
+    words = [task] if generated == 0 else ["task=grpo", task]
+    model = {"max_position_embeddings": LENGTHS.max + generated}
+    planned(compose, *words, model=model)  # the last position is just there
+    with pytest.raises(Refused, match=rf"{LENGTHS.max} tokens.* context is {LENGTHS.max + generated - 1}"):
+        planned(compose, *words, model={"max_position_embeddings": LENGTHS.max + generated - 1})
+    shorter = f"data.max_length={LENGTHS.max - 1}"
+    planned(compose, *words, shorter, model={"max_position_embeddings": LENGTHS.max + generated - 1})
+    planned(compose, *words, "longctx=yarn", model={"max_position_embeddings": 32})
 
 
 def test_every_number_has_its_reason_and_parts_add_up(compose):
