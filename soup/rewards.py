@@ -14,7 +14,7 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from numbers import Real
 from pathlib import Path
@@ -81,6 +81,28 @@ def columns(rewards: Sequence[str]) -> dict[str, str]:
         for column in named:
             needed.setdefault(column, word)
     return needed
+
+
+def unanswered(rewards: Sequence[str], column: Callable[[str], Iterable[Any]]) -> list[Problem]:
+    """What keeps built-in rewards from comparing with the data; `column` gives the values of one by its name."""
+    problems = []
+    for word in rewards:
+        name, _, argument = word.partition(":")
+        if name not in COMPARING:
+            continue
+        compared = argument or "answer"
+        answers, why = [one for one in column(compared) if one is not None], None
+        try:
+            for answer in answers:
+                COMPARING[name]("", answer)
+        except ValueError as error:
+            why = f"{error} of a row"
+        if not answers:
+            why = f"`{compared}` is null in every row, so it would reward nothing"
+        if why is not None:
+            fix = f"data whose `{compared}` it can compare with, null where it does not apply"
+            problems.append(Problem(key=KEY, value=word, why=why, fix=fix))
+    return problems
 
 
 def files(rewards: Sequence[str]) -> list[Path]:

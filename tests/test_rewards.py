@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -188,6 +189,41 @@ def test_own_files_are_compiled_as_they_stand(own):
         "def reward(**_):\n    return [kind(7)]\n"
     )
     assert one(word, "b") == 7.0
+
+
+@pytest.mark.parametrize(
+    ("answers", "reward", "why"),
+    [
+        (["6", "six"], "numeric", "there is no number in the answer 'six'"),
+        ([None, None], "exact_match", "`answer` is null in every row"),
+        (["6", "7"], "numeric:solution", "the column `solution`, which the data do not have"),
+        (["6", None], "numeric", None),
+        (["6", "six"], "exact_match", None),
+    ],
+)
+def test_answers_are_looked_at_before_a_model_is_loaded(answers, reward, why, tiny_model, tmp_path):
+    from soup.cli.check import checked
+    from soup.cli.compose import drive
+    from soup.cli.main import parse
+
+    rows = [{"prompt": f"What is {i}?", "answer": answer} for i, answer in enumerate(answers)]
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        "task=grpo",
+        "model=hub",
+        f"model.base={tiny_model}",
+        f"data.train={data}",
+        "data.eval_fraction=0",
+    ]
+    words += ["training.batch_size=4", f"task.rewards=['{reward}']"]
+    (found,) = drive(parse(words), lambda points: checked(points, train=True))
+    if why is None:
+        assert not isinstance(found, Refused), found
+    else:
+        (problem,) = found.problems
+        assert (problem.key, problem.value) == ("task.rewards", reward)
+        assert why in problem.why
 
 
 def test_columns_and_files(own, tmp_path):

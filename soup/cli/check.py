@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def _here(config: Config, device: Device) -> list[Problem]:
 
 def _reports(config: Config, model_folder: Path, train: bool) -> dict[str, Report]:
     """The data's reports; those that were only measured are kept in the cache, for the next plan."""
-    from soup.data import prepare
+    from soup.data import arrow, prepare
 
     arguments = inputs.data_arguments(config, model_folder)
     if train:
@@ -144,6 +145,11 @@ def _reports(config: Config, model_folder: Path, train: bool) -> dict[str, Repor
                 )
                 for column, reward in lacking.items()
             )
+        files = [one.open() for one in prepared.values()]
+        if problems := rewards.unanswered(
+            config.task.rewards, lambda name: chain.from_iterable(arrow.column(file, name) for file in files)
+        ):
+            raise Refused(problems)
         return {split: one.report for split, one in prepared.items()}
     measured = cache.root() / "lengths" / prepare.fingerprint(**arguments)
     with cache.entry(measured) as partial:

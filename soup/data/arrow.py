@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +113,12 @@ def first(file: Path, rows: int) -> list[dict[str, Any]]:
                 break
             found += batch.slice(0, rows - len(found)).to_pylist()
     return found
+
+
+def column(file: Path, name: str) -> Iterator[Any]:
+    """One column of a stream, value by value."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as reader:
+        for batch in reader:
+            yield from batch.column(name).to_pylist()
