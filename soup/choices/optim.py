@@ -37,35 +37,94 @@ def adamw(
         warmup_ratio,
         state_bytes=2 * FP32,
         args={"adam_beta1": beta1, "adam_beta2": beta2, "adam_epsilon": eps},
-        effects=(*EFFECTS, "optimizer:adam_settings"),
+        effects=(*EFFECTS, "optimizer:adam"),
     )
 
 
-def adamw_8bit(*, lr: Rate, weight_decay: Decay, scheduler: Scheduler, warmup_ratio: Ratio) -> OptimSpec:
-    """AdamW with block-wise 8-bit moments (arXiv:2110.02861, bitsandbytes)."""
+def adamw_8bit(
+    *,
+    lr: Rate,
+    weight_decay: Decay,
+    beta1: Moment,
+    beta2: Moment,
+    eps: Rate,
+    scheduler: Scheduler,
+    warmup_ratio: Ratio,
+) -> OptimSpec:
+    """AdamW with block-wise 8-bit moments (arXiv:2110.02861, bitsandbytes); tensors below 4096 keep theirs whole."""
     return _spec(
-        "adamw_8bit", lr, weight_decay, scheduler, warmup_ratio, state_bytes=2, requires=_BITSANDBYTES
+        "adamw_8bit",
+        lr,
+        weight_decay,
+        scheduler,
+        warmup_ratio,
+        state_bytes=2,
+        args={"adam_beta1": beta1, "adam_beta2": beta2, "adam_epsilon": eps},
+        requires=_BITSANDBYTES,
+        effects=(*EFFECTS, "optimizer:adam"),
     )
 
 
 def paged_adamw_8bit(
-    *, lr: Rate, weight_decay: Decay, scheduler: Scheduler, warmup_ratio: Ratio
+    *,
+    lr: Rate,
+    weight_decay: Decay,
+    beta1: Moment,
+    beta2: Moment,
+    eps: Rate,
+    scheduler: Scheduler,
+    warmup_ratio: Ratio,
 ) -> OptimSpec:
     """8-bit AdamW whose state pages to host memory under pressure (arXiv:2305.14314). CUDA only."""
     return _spec(
-        "paged_adamw_8bit", lr, weight_decay, scheduler, warmup_ratio, state_bytes=2, requires=_BITSANDBYTES
+        "paged_adamw_8bit",
+        lr,
+        weight_decay,
+        scheduler,
+        warmup_ratio,
+        state_bytes=2,
+        args={"adam_beta1": beta1, "adam_beta2": beta2, "adam_epsilon": eps},
+        requires=_BITSANDBYTES,
+        effects=(*EFFECTS, "optimizer:adam"),
     )
 
 
 def adafactor(*, lr: Rate, weight_decay: Decay, scheduler: Scheduler, warmup_ratio: Ratio) -> OptimSpec:
-    """Adafactor (arXiv:1804.04235): row and column sums in place of the second moment."""
-    return _spec("adafactor", lr, weight_decay, scheduler, warmup_ratio, state_bytes=0.1)
+    """Adafactor (arXiv:1804.04235): row and column sums in place of the second moment, no first one.
+
+    The rate is `lr` itself: neither relative to the step nor scaled by the size of the parameter.
+    """
+    return _spec(
+        "adafactor",
+        lr,
+        weight_decay,
+        scheduler,
+        warmup_ratio,
+        state_bytes=0.1,
+        effects=(*EFFECTS, "optimizer:adafactor"),
+    )
 
 
-def lion(*, lr: Rate, weight_decay: Decay, scheduler: Scheduler, warmup_ratio: Ratio) -> OptimSpec:
+def lion(
+    *,
+    lr: Rate,
+    weight_decay: Decay,
+    beta1: Moment,
+    beta2: Moment,
+    scheduler: Scheduler,
+    warmup_ratio: Ratio,
+) -> OptimSpec:
     """Lion (arXiv:2302.06675, bitsandbytes): one moment, the step is its sign."""
     return _spec(
-        "lion_32bit", lr, weight_decay, scheduler, warmup_ratio, state_bytes=FP32, requires=_BITSANDBYTES
+        "lion_32bit",
+        lr,
+        weight_decay,
+        scheduler,
+        warmup_ratio,
+        state_bytes=FP32,
+        args={"adam_beta1": beta1, "adam_beta2": beta2},
+        requires=_BITSANDBYTES,
+        effects=(*EFFECTS, "optimizer:lion"),
     )
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from soup.effects import Effect, same
+
+SIDE = 256  # of the square tensor that is stepped: large enough for bitsandbytes to keep 8-bit state of it
+TOLERANCE = 0.02  # mean difference over the mean step; 8-bit moments are off by about a hundredth
 
 
 def groups(built: Any) -> Iterator[Effect]:
@@ -37,19 +41,100 @@ def groups(built: Any) -> Iterator[Effect]:
     yield Effect(effect.key, effect.requested, one, effect.ok and decays[False] == {0.0}, how)
 
 
-def adam_settings(built: Any) -> Iterator[Effect]:
-    """AdamW's betas and epsilon, as every group of an AdamW holds them."""
+def adam(built: Any) -> Iterator[Effect]:
+    """AdamW (arXiv:1711.05101), and its betas and epsilon as every group holds them.
+
+    Adam's first steps are about the gradient's sign, whatever the betas: the second tells them apart.
+    """
+    tree = built.config.tree["optim"]
+    beta1, beta2, eps = (float(tree[key]) for key in ("beta1", "beta2", "eps"))
+
+    def steps(gradients: Sequence[Any]) -> Any:
+        moment = square = moved = 0.0
+        for count, gradient in enumerate(gradients, 1):
+            moment = beta1 * moment + (1 - beta1) * gradient
+            square = beta2 * square + (1 - beta2) * gradient**2
+            root = (square / (1 - beta2**count)) ** 0.5
+            moved = moved - moment / (1 - beta1**count) / (root + eps)
+        return moved
+
+    yield _steps(built, steps)
+    yield from _held(built, {"beta1": beta1, "beta2": beta2, "eps": eps})
+
+
+def lion(built: Any) -> Iterator[Effect]:
+    """Lion (arXiv:2302.06675): the sign of a blend of moment and gradient, and its betas as every group holds them."""
+    tree = built.config.tree["optim"]
+    beta1, beta2 = float(tree["beta1"]), float(tree["beta2"])
+
+    def steps(gradients: Sequence[Any]) -> Any:
+        moment = moved = 0.0
+        for gradient in gradients:
+            moved = moved - (beta1 * moment + (1 - beta1) * gradient).sign()
+            moment = beta2 * moment + (1 - beta2) * gradient
+        return moved
+
+    yield _steps(built, steps)
+    yield from _held(built, {"beta1": beta1, "beta2": beta2})
+
+
+def adafactor(built: Any) -> Iterator[Effect]:
+    """Adafactor (arXiv:1804.04235, algorithm 4) without a first moment: decay 1 - t^-0.8, clipped at 1."""
+
+    def steps(gradients: Sequence[Any]) -> Any:
+        rows = columns = moved = 0.0
+        for count, gradient in enumerate(gradients, 1):
+            decay, square = 1 - count**-0.8, gradient**2 + 1e-30
+            rows = decay * rows + (1 - decay) * square.mean(1, keepdim=True)
+            columns = decay * columns + (1 - decay) * square.mean(0, keepdim=True)
+            update = gradient / (rows * columns / rows.mean()) ** 0.5
+            moved = moved - update / max(1.0, float(update.pow(2).mean() ** 0.5))
+        return moved
+
+    yield _steps(built, steps, whole_state=False)
+
+
+def _steps(built: Any, formula: Callable[[Sequence[Any]], Any], whole_state: bool = True) -> Effect:
+    """Two steps at a rate of 1 of a tensor beside the model's, by a twin of the live optimizer, against `formula`.
+
+    `formula` is given the gradients (SIDE, SIDE) and says where a tensor of zeros ends. `whole_state`: the state
+    must take as many bytes for each parameter as the plan counts; Adafactor's depends on the tensor's sides.
+    """
     import torch
 
+    live, spec = optimizer(built), built.config.optim
+    device = live.param_groups[0]["params"][0].device
+    twin = object.__new__(type(live))
+    twin.__dict__.update(
+        {name: value for name, value in vars(live).items() if name != "step"}
+    )  # the schedule's
+    moved = torch.nn.Parameter(torch.zeros(SIDE, SIDE, device=device))
+    twin.state = defaultdict(dict)
+    twin.param_groups = [live.param_groups[0] | {"params": [moved], "lr": 1.0, "weight_decay": 0.0}]
+    places = torch.arange(SIDE * SIDE, device=device, dtype=torch.float32).reshape(SIDE, SIDE)
+    gradients = [torch.sin(places), torch.sin(7 * places + 1)]
+    for gradient in gradients:
+        moved.grad = gradient.clone()
+        type(live).step(twin)
+    expected = formula(gradients)
+    off = float((moved.detach() - expected).abs().mean() / expected.abs().mean())
+    held = [one for one in twin.state[moved].values() if torch.is_tensor(one)]
+    state = sum(one.numel() * one.element_size() for one in held) / moved.numel()
+    ok = off <= TOLERANCE and (not whole_state or abs(state - spec.state_bytes) <= 0.1 * spec.state_bytes)
+    name = built.config.tree["optim"]["name"]
+    how = f"two steps by {type(live).__name__} are {off:.1e} off the formula; its state: {state:.3g} bytes a parameter"
+    return Effect("optim.name", name, name if ok else f"another, {type(live).__name__}", ok, how)
+
+
+def _held(built: Any, wanted: dict[str, float]) -> Iterator[Effect]:
+    """Betas and epsilon, as every group of the optimizer holds them."""
     live = optimizer(built)
-    tree = built.config.tree["optim"]
     how = f"param_groups of {type(live).__name__}"
-    adamw = isinstance(live, torch.optim.AdamW)
     held = {(*group.get("betas", (None, None)), group.get("eps")) for group in live.param_groups}
     for place, key in enumerate(("beta1", "beta2", "eps")):
-        values = sorted({one[place] for one in held}, key=str)
-        effect = same(f"optim.{key}", float(tree[key]), values[0] if len(values) == 1 else values, how)
-        yield Effect(effect.key, effect.requested, effect.effective, effect.ok and adamw, how)
+        if key in wanted:
+            values = sorted({one[place] for one in held}, key=str)
+            yield same(f"optim.{key}", wanted[key], values[0] if len(values) == 1 else values, how)
 
 
 def schedule(built: Any) -> Iterator[Effect]:

@@ -332,7 +332,7 @@ RULES: tuple[Rule, ...] = (
         fix="task.reward_model=FOLDER, as `python -m soup task=reward` trains one from preference pairs",
     ),
     # Composes and plans; the training part is not built yet
-    _pending("optim", Not("adamw")),
+    _pending("optim", OneOf("galore", "schedule_free")),
     _pending("distributed", Not("none")),
     _pending("longctx", Not("none")),
     _pending("longctx.use_ring_attention", True),

@@ -80,6 +80,18 @@ def sgd(monkeypatch):
     monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(chosen))
 
 
+def relative_adafactor(monkeypatch):
+    from transformers import Trainer
+
+    real = Trainer.get_optimizer_cls_and_kwargs
+
+    def chosen(args, model=None):
+        kind, given = real(args, model)
+        return kind, given | {"scale_parameter": True}
+
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(chosen))
+
+
 def schedule_of_other_length(monkeypatch):
     from transformers import Trainer
 
@@ -337,7 +349,14 @@ BEFORE = {
     "beta1": ("optim.beta1=0.8", dropped("adam_beta1"), "optim.beta1"),
     "beta2": ("optim.beta2=0.95", dropped("adam_beta2"), "optim.beta2"),
     "eps": ("optim.eps=1e-6", dropped("adam_epsilon"), "optim.eps"),
-    "optimizer": ("", sgd, "optim.beta1"),
+    "optimizer": ("", sgd, "optim.name"),
+    "Lion's beta1": ("optim=lion optim.beta1=0.8", dropped("adam_beta1"), "optim.beta1"),
+    "Lion's beta2": ("optim=lion optim.beta2=0.9", dropped("adam_beta2"), "optim.beta2"),
+    "AdamW for Lion": ("optim=lion", dropped("optim"), "optim.name"),
+    "AdamW for Adafactor": ("optim=adafactor", dropped("optim"), "optim.name"),
+    "32-bit state": ("optim=adamw_8bit", dropped("optim"), "optim.name"),
+    "8-bit AdamW's eps": ("optim=adamw_8bit optim.eps=1e-6", dropped("adam_epsilon"), "optim.eps"),
+    "a rate relative to the step": ("optim=adafactor", relative_adafactor, "optim.name"),
     "scheduler": ("", dropped("lr_scheduler_type"), "optim.scheduler"),
     "constant": ("optim.scheduler=constant", dropped("lr_scheduler_type"), "optim.scheduler"),
     "schedule's length": ("training.max_steps=40", schedule_of_other_length, "optim.scheduler"),

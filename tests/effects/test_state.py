@@ -56,6 +56,7 @@ def _differences(before, after):
         ("lora=none", "training.gradient_checkpointing=true"),
         ("lora=dora", "training.gradient_checkpointing=true"),
         ("model.quantization=4bit",),
+        ("optim=adamw_8bit",),
     ],
     ids=" ".join,
 )
