@@ -29,7 +29,7 @@ def lora(
     """LoRA (Hu et al. 2021, arXiv:2106.09685): W + (alpha / r) B A with W frozen.
 
     `use_dora`: DoRA (arXiv:2402.09353). `use_rslora`: the scale is alpha / sqrt(r) (arXiv:2312.03732).
-    `loraplus_lr_ratio`: LoRA+ (arXiv:2402.12354), B learns at this many times A's rate.
+    `loraplus_lr_ratio`: LoRA+ (arXiv:2402.12354), B learns at this many times A's rate, and so do DoRA's magnitudes.
     """
     return LoraSpec(
         r=r,

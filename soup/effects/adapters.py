@@ -34,7 +34,9 @@ def adapter(built: Any) -> Iterator[Effect]:
     dora = magnitudes > 0 if magnitudes in (0, len(layers)) else "on some modules"
     yield same("lora.use_dora", spec.use_dora, dora, how)
     ratio, how = _rate_ratio(built)
-    yield same("lora.loraplus_lr_ratio", spec.loraplus_lr_ratio, ratio, how)
+    wanted = spec.loraplus_lr_ratio
+    right = math.isclose(ratio, wanted or 1.0)
+    yield Effect("lora.loraplus_lr_ratio", wanted, wanted if right else ratio, right, how)
     heads = _heads(built)
     if spec.target_modules == "all-linear":
         linear = [
@@ -95,8 +97,8 @@ def _heads(built: Any) -> list[Any]:
     return [built.model.get_output_embeddings()]
 
 
-def _rate_ratio(built: Any) -> tuple[float | None, str]:
-    """The rate of B over that of A in the optimizer's groups, `None` where they are equal."""
+def _rate_ratio(built: Any) -> tuple[float, str]:
+    """The rate of B over that of A in the optimizer's groups; not a number where one has several."""
     rates: dict[str, set[float]] = {"lora_A": set(), "lora_B": set()}
     names = {id(p): name for name, p in built.model.named_parameters()}
     for group in optimizer(built).param_groups:
@@ -105,9 +107,9 @@ def _rate_ratio(built: Any) -> tuple[float | None, str]:
                 if kind in names.get(id(parameter), ""):
                     found.add(group["initial_lr"])
     how = f"rates of A {sorted(rates['lora_A'])} and of B {sorted(rates['lora_B'])} in the optimizer's groups"
-    if rates["lora_A"] == rates["lora_B"]:
-        return None, how
-    return max(rates["lora_B"], default=0.0) / max(rates["lora_A"], default=1.0), how
+    if any(len(found) != 1 for found in rates.values()):
+        return math.nan, how
+    return rates["lora_B"].pop() / rates["lora_A"].pop(), how
 
 
 def _modules(model: Any) -> list[str]:

@@ -17,12 +17,17 @@ def groups(built: Any) -> Iterator[Effect]:
     """Peak rate and weight decay of every parameter group, and that the groups hold just what trains."""
     live = optimizer(built)
     optim = built.config.optim
-    rates = sorted({group["initial_lr"] for group in live.param_groups})
+    rates = sorted({group["initial_lr"] for group in live.param_groups if group["params"]})
+    wanted = sorted(
+        {optim.lr, optim.lr * (built.config.lora.loraplus_lr_ratio or 1.0)}
+    )  # LoRA+: A's, and B's
+    right = len(rates) == len(wanted) and all(map(math.isclose, rates, wanted))
     held = {id(p) for group in live.param_groups for p in group["params"]}
     model = built.trainer.model
     trains = {id(p) for p in model.parameters() if p.requires_grad}
     how = f"initial_lr of {len(live.param_groups)} parameter groups, which hold {len(held)} tensors"
-    effect = same("optim.lr", optim.lr, rates[0] if len(rates) == 1 else rates, how)
+    shown = optim.lr if right else rates[0] if len(rates) == 1 else rates
+    effect = Effect("optim.lr", optim.lr, shown, right, how)
     if held != trains:
         how = f"the optimizer holds {len(held)} tensors, and {len(trains)} have requires_grad"
         effect = Effect(effect.key, effect.requested, effect.effective, False, how)

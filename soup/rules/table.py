@@ -320,6 +320,13 @@ RULES: tuple[Rule, ...] = (
         fix="data.eval_fraction=0.0",
     ),
     Rule(
+        key="lora.loraplus_lr_ratio",
+        when={"task": "ppo", "lora.loraplus_lr_ratio": Above(0)},
+        why="PPO's value model trains in all its weights beside the adapters, and LoRA+ has no rate for those",
+        fix="lora=lora",
+        source="arXiv:2402.12354",
+    ),
+    Rule(
         key="lora.dropout",
         when={"task": "ppo", "lora.dropout": Above(0)},
         why="TRL's PPO trainer turns dropout off: old and new probabilities must come from one policy",
@@ -336,7 +343,6 @@ RULES: tuple[Rule, ...] = (
     _pending("distributed", Not("none")),
     _pending("longctx", Not("none")),
     _pending("longctx.use_ring_attention", True),
-    _pending("lora.loraplus_lr_ratio", Not(None)),
     _pending("model.quantization_aware", True),
     _pending("model.moe", True),
     _pending("data.streaming", True),

@@ -57,7 +57,8 @@ def build(config: Config, *, device: Device, model_folder: Path, output: Path) -
         set_seed(
             config.training.seed
         )  # adapters are initialised by the trainer, before it sets the seed itself
-        trainer = type(trainer_class.__name__, (Resumable, trainer_class), {})(
+        settings = {"loraplus_lr_ratio": config.lora.loraplus_lr_ratio}
+        trainer = type(trainer_class.__name__, (Resumable, trainer_class), settings)(
             model=model,
             args=args_class(
                 **_own_router_loss(model, args_class) | _arguments(config, device, precise, prepared, output)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -25,9 +26,13 @@ SUMS = ("_metrics", "_stored_metrics")  # of TRL's trainers: mode to metric to v
 
 
 class Resumable:
-    """Mixed in before a `transformers.Trainer`. `metrics_file` is set by whoever builds the trainer."""
+    """Mixed in before a `transformers.Trainer`. `metrics_file` is set by whoever builds the trainer.
+
+    `loraplus_lr_ratio`: LoRA+'s rate of B over that of A (arXiv:2402.12354), `None` where they are equal.
+    """
 
     metrics_file: Path
+    loraplus_lr_ratio: float | None = None
     _partial: Path | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -41,6 +46,19 @@ class Resumable:
             # A packed batch has no padding, so it has no mask.
             self.state.num_input_tokens_seen += counted if masks else inputs["input_ids"].numel()
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.loraplus_lr_ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = create_loraplus_optimizer(
+            self.model,
+            kind,
+            loraplus_lr_ratio=self.loraplus_lr_ratio,
+            loraplus_weight_decay=self.args.weight_decay,
+            **settings,
+        )
+        return self.optimizer
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """TRL writes one at each checkpoint; soup writes its own, once, with the configuration."""

@@ -80,6 +80,23 @@ def sgd(monkeypatch):
     monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(chosen))
 
 
+def plain_groups(monkeypatch):
+    from soup.train.trainer import Resumable
+
+    monkeypatch.delattr(Resumable, "create_optimizer")
+
+
+def rates_at_ten_times(monkeypatch):
+    from soup.train import trainer
+
+    real = trainer.create_loraplus_optimizer
+
+    def faster(*given, lr, **settings):
+        return real(*given, lr=10 * lr, **settings)
+
+    monkeypatch.setattr(trainer, "create_loraplus_optimizer", faster)
+
+
 def relative_adafactor(monkeypatch):
     from transformers import Trainer
 
@@ -350,6 +367,8 @@ BEFORE = {
     "beta2": ("optim.beta2=0.95", dropped("adam_beta2"), "optim.beta2"),
     "eps": ("optim.eps=1e-6", dropped("adam_epsilon"), "optim.eps"),
     "optimizer": ("", sgd, "optim.name"),
+    "LoRA+'s groups": ("lora=loraplus", plain_groups, "lora.loraplus_lr_ratio"),
+    "LoRA+'s rate of A": ("lora=loraplus", rates_at_ten_times, "optim.lr"),
     "Lion's beta1": ("optim=lion optim.beta1=0.8", dropped("adam_beta1"), "optim.beta1"),
     "Lion's beta2": ("optim=lion optim.beta2=0.9", dropped("adam_beta2"), "optim.beta2"),
     "AdamW for Lion": ("optim=lion", dropped("optim"), "optim.name"),

@@ -11,13 +11,24 @@ from tests.train.test_quantized_resume import STOP
 LEARNS = {"adafactor": 1e-2, "adamw_8bit": 5e-3, "lion": 1e-3}
 
 
-@pytest.mark.parametrize("lora", ["lora", "none"])
-@pytest.mark.parametrize("optim", LEARNS)
+QUICK = (("adafactor", "none"), ("adamw_8bit", "none"), ("lion", "loraplus"))
+MORE = (
+    ("adafactor", "lora"),
+    ("adamw_8bit", "lora"),
+    ("lion", "lora"),
+    ("lion", "none"),
+    ("adamw", "loraplus"),
+)
+
+
+@pytest.mark.parametrize(
+    ("optim", "lora"), [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE)]
+)
 def test_it_learns_and_goes_on_bit_for_bit(server, place, tree, unequal, optim, lora):
     tree = tree(
         f"optim={optim}",
         f"lora={lora}",
-        f"optim.lr={LEARNS[optim]}",
+        f"optim.lr={LEARNS.get(optim, 1e-3)}",
         "optim.weight_decay=0.1",
         "training.max_steps=8",
         "training.save_steps=4",
