@@ -191,6 +191,7 @@ class TrainingSpec(Spec):
     data_seed: int
     gradient_checkpointing: bool
     packing: bool
+    neftune_alpha: float
 
 
 @dataclass(frozen=True, kw_only=True)

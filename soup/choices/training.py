@@ -56,6 +56,7 @@ def training(
         data_seed=data_seed,
         gradient_checkpointing=gradient_checkpointing,
         packing=packing,
+        neftune_alpha=neftune_alpha,
         args={
             "num_train_epochs": epochs,
             "max_steps": -1 if max_steps is None else max_steps,
@@ -79,6 +80,7 @@ def training(
             "loop:data_order",
             "loop:intervals",
             "loop:gradient_checkpointing",
+            "loop:neftune",
             "data:packing",
         ),
     )

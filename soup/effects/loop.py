@@ -236,13 +236,39 @@ def processes(built: Any) -> Iterator[Effect]:
     yield same("distributed.nodes", distributed.nodes, world // distributed.processes, how)
 
 
+def neftune(built: Any) -> Iterator[Effect]:
+    """The noise on the embedding of a few tokens, in the passes that learn, and in those that do not."""
+    import torch
+
+    model, wanted = built.model, built.config.training.neftune_alpha
+    embedding = model.get_input_embeddings()
+    ids_1T = torch.arange(16, device=embedding.weight.device)[None]
+    found = {}
+    with as_it_was(model):
+        torch.manual_seed(0)
+        for training, grad in ((True, True), (True, False), (False, True)):
+            embedding.train(training)
+            with torch.set_grad_enabled(grad):
+                clean_1TD = embedding.forward(ids_1T)  # without hooks
+                noise_1TD = (embedding(ids_1T) - clean_1TD).detach().float()
+            found[training, grad] = float(noise_1TD.abs().max()) * noise_1TD[0].numel() ** 0.5
+    learns = found.pop((True, True))
+    quiet = not any(found.values())
+    if built.trainer.neftune_noise_alpha:  # transformers' own, which begins with the training
+        learns += built.trainer.neftune_noise_alpha
+    rounding = torch.finfo(embedding.weight.dtype).eps * float(clean_1TD.detach().abs().max())
+    above = wanted * 1.01 + rounding * (16 * embedding.weight.shape[1]) ** 0.5
+    ok = quiet and (0.9 * wanted <= learns <= above if wanted else learns == 0)
+    how = f"largest noise x sqrt(L d) is {learns:.4g} where it learns, {max(found.values()):.4g} elsewhere"
+    yield Effect("training.neftune_alpha", wanted, wanted if ok else round(learns, 4), ok, how)
+
+
 def features_off(built: Any) -> Iterator[Effect]:
     """What was not asked for is not there: each feature of the loop that is off, read from the live objects."""
     trainer, model = built.trainer, built.model
     tree = built.config.tree["training"]
     classes = {type(module).__module__ for module in model.modules()}
     callbacks = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
-    noise = trainer.neftune_noise_alpha or _embedding_is_noisy(model)
 
     def off(key: str, on: bool, how: str) -> Effect:
         value = tree[key]
@@ -256,7 +282,6 @@ def features_off(built: Any) -> Iterator[Effect]:
     wanted = tree["use_flash_attn"]
     how = f"attention: {attention}, because {reason}"
     yield Effect("training.use_flash_attn", wanted, attention, wanted != "off" or not flash, how)
-    yield off("neftune_alpha", bool(noise), "embeddings are the same in training and evaluation")
     experts = [n for n, p in model.named_parameters() if "experts" in n and "lora_" in n]
     yield off("moe_lora", bool(experts), "no adapter parameter on an expert")
     own, live = _aux_loss_coeff(built)
@@ -277,19 +302,6 @@ def features_off(built: Any) -> Iterator[Effect]:
         "loss_watchdog_action",
     ):
         yield off(key, watched, f"callbacks: {', '.join(callbacks)}")
-
-
-def _embedding_is_noisy(model: Any) -> bool:
-    """Whether the input embedding of a token differs between training and evaluation mode."""
-    import torch
-
-    embedding = model.get_input_embeddings()
-    was = embedding.training
-    ids = torch.arange(2, device=embedding.weight.device)[None]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        trained, evaluated = (embedding.train(mode)(ids) for mode in (True, False))
-    embedding.train(was)
-    return not torch.equal(trained, evaluated)
 
 
 def _aux_loss_coeff(built: Any) -> tuple[Any, Any]:

@@ -17,6 +17,7 @@ from soup.inputs import data_arguments
 from soup.model import unsloth
 from soup.model.load import Precision, adapter, load_model, load_tokenizer, precision
 from soup.schema import Config, merge_arguments
+from soup.train.neftune import add_noise
 from soup.train.trainer import Resumable
 
 
@@ -69,7 +70,7 @@ def build(config: Config, *, device: Device, model_folder: Path, output: Path) -
             peft_config=peft_config,
             **extra(config, model_folder, precise, device),
         )
-    return Built(
+    built = Built(
         config=config,
         device=device,
         model_folder=model_folder,
@@ -78,6 +79,9 @@ def build(config: Config, *, device: Device, model_folder: Path, output: Path) -
         tokenizer=tokenizer,
         trainer=trainer,
     )
+    if config.training.neftune_alpha > 0:
+        add_noise(built.model, config.training.neftune_alpha)
+    return built
 
 
 def _model(config: Config, folder: Path, precise: Precision, device: Device) -> tuple[Any, Any]:

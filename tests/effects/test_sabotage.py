@@ -278,6 +278,17 @@ def noisy_embedding(built):
     built.model.get_input_embeddings().register_forward_hook(noise)
 
 
+def no_noise(built):
+    built.model.get_input_embeddings()._forward_hooks.clear()
+
+
+def weaker_noise(built):
+    from soup.train.neftune import add_noise
+
+    no_noise(built)
+    add_noise(built.model, 4.0)
+
+
 def own_forward(built):
     layer = next(m for m in built.model.modules() if type(m).__name__ == "LlamaMLP")
     layer.forward = types.MethodType(lambda self, hidden: self.down_proj(self.up_proj(hidden)), layer)
@@ -514,6 +525,13 @@ AFTER = {
         "training.gradient_accumulation_steps",
     ),
     "no flow control": ("training.logging_steps=2", no_flow, "training.logging_steps"),
+    "noise where it generates": (
+        "training.neftune_alpha=5.0",
+        noisy_embedding,
+        "training.neftune_alpha",
+    ),
+    "weaker noise": ("training.neftune_alpha=5.0", weaker_noise, "training.neftune_alpha"),
+    "no noise": ("training.neftune_alpha=5.0", no_noise, "training.neftune_alpha"),
     "noise hook": ("", noisy_embedding, "training.neftune_alpha"),
     "liger": ("", attributes("trainer.args.use_liger_kernel", True), "training.use_liger"),
     "own forward": ("", own_forward, "backend.kernels"),

@@ -245,6 +245,11 @@ def test_every_task_twice_interrupted(twice_interrupted, task, lora):
     twice_interrupted(words)
 
 
+@pytest.mark.parametrize("task", ["sft", pytest.param("grpo", marks=pytest.mark.slow)])
+def test_noise_twice_interrupted(twice_interrupted, task):
+    twice_interrupted((f"task={task}", "training.neftune_alpha=5.0", *TASK, *TASKS.get(task, ())))
+
+
 @pytest.fixture(scope="module")
 def scorer(tiny_model, tmp_path_factory):
     """A random reward model, as task=reward saves one with all its weights."""
@@ -262,6 +267,12 @@ def scorer(tiny_model, tmp_path_factory):
 def test_ppo_twice_interrupted(twice_interrupted, scorer, lora):
     words = ("task=ppo", f"task.reward_model={scorer}", "task.response_length=8", f"lora={lora}", *TASK)
     twice_interrupted(words)
+
+
+@pytest.mark.slow
+def test_ppo_with_noise_twice_interrupted(twice_interrupted, scorer):
+    ppo = ("task=ppo", f"task.reward_model={scorer}", "task.response_length=8")
+    twice_interrupted((*ppo, "training.neftune_alpha=5.0", *TASK))
 
 
 def tensorboard_of(run, tags):
