@@ -91,6 +91,10 @@ class Shape:
     def total(self) -> int:
         return self.linear + self.layers * self.per_layer_other + self.outside
 
+    @property
+    def per_layer(self) -> int:
+        return self.linear // self.layers + self.per_layer_other
+
 
 KNOWN = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "smollm3")
 
@@ -148,7 +152,7 @@ def shape(model: Mapping[str, Any]) -> Shape:
 
 
 def adapter_parameters(config: Config, decoder: Shape) -> int:
-    """Parameters of the adapters: A and B of each adapted layer, and DoRA's magnitudes.
+    """Parameters of the adapters: A and B of each adapted layer above the frozen ones, and DoRA's magnitudes.
 
     Fused experts (one parameter in transformers 5) are not linear layers, so `all-linear` passes them by.
     """
@@ -164,7 +168,7 @@ def adapter_parameters(config: Config, decoder: Shape) -> int:
             adapted = name in ((wanted,) if isinstance(wanted, str) else wanted)
         if adapted:
             total += spec.r * (inputs + outputs) + (outputs if spec.use_dora else 0)
-    return total * decoder.layers
+    return total * (decoder.layers - config.training.frozen(decoder.layers))
 
 
 def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: Lengths) -> Plan:
@@ -179,13 +183,16 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
     training, task, spread, lora = config.training, config.task, config.distributed, config.lora
     notes: dict[str, str] = {}
     adapters = adapter_parameters(config, decoder)
-    trainable = adapters if lora.r is not None else decoder.total
+    frozen = _frozen_layers(config, decoder)
+    trainable = adapters if lora.r is not None else decoder.total - frozen * decoder.per_layer
     kind = model.get("model_type")
     notes["parameters"] = (
         f"from config.json ({kind})" if decoder.known else f"an estimate: {kind} is counted as a dense Llama"
     )
     notes["trainable"] = (
-        "all weights"
+        f"all weights but those of {frozen} of {decoder.layers} layers"
+        if lora.r is None and frozen
+        else "all weights"
         if lora.r is None
         else f"adapters of rank {lora.r} on {config.tree['lora']['target_modules']}"
     )
@@ -236,7 +243,7 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
         if device.kind == "cuda":
             parts[name] = 0
     memory = {name: round(size) for name, size in parts.items()}
-    saved = (4 if lora.r is not None else BYTES[dtype]) * trainable
+    saved = 4 * adapters if lora.r is not None else BYTES[dtype] * decoder.total
     beside = task.trained_models * decoder.total  # PPO's value model, in float32
     state = config.optim.state_bytes * (trainable + beside)
     disk = CHECKPOINTS_KEPT * (saved + 4 * beside + state) + saved
@@ -282,6 +289,21 @@ def _within_context(config: Config, model: Mapping[str, Any], lengths: Lengths) 
             fix=f"{fewer}, or a longer context by longctx=yarn",
         )
     )
+
+
+def _frozen_layers(config: Config, decoder: Shape) -> int:
+    """Layers that do not train; refuses to freeze all of them, and a ratio that comes to none."""
+    training = config.training
+    frozen = training.frozen(decoder.layers)
+    key = "freeze_layers" if training.freeze_layers else "freeze_ratio"
+    value = getattr(training, key)
+    if frozen >= decoder.layers:
+        why = f"this model has {decoder.layers} layers, and {decoder.layers - 1} can be frozen: the last must train"
+        raise Refused(Problem(key=f"training.{key}", value=value, why=why, fix=f"a smaller training.{key}"))
+    if value and not frozen:
+        why = f"is less than half of one of this model's {decoder.layers} layers, so none would be frozen"
+        raise Refused(Problem(key=f"training.{key}", value=value, why=why, fix="training.freeze_layers=1"))
+    return frozen
 
 
 def _dtype(config: Config, device: Device) -> tuple[str, str]:
@@ -331,8 +353,12 @@ def _memory(
         activations = batch_tokens * (decoder.layers * decoder.hidden * products + one_layer + holes)
         how = "each layer's input, and one layer recomputed" + (", and malloc's holes" if holes else "")
     else:
-        activations = batch_tokens * decoder.layers * one_layer
-        how = "what backward needs of every layer"
+        # Below the lowest adapter nothing needs a gradient.
+        kept = decoder.layers - (training.frozen(decoder.layers) if config.lora.r is not None else 0)
+        activations = batch_tokens * kept * one_layer
+        how = "what backward needs of every layer" + (
+            " above the frozen ones" if kept < decoder.layers else ""
+        )
     if task.config == "trl:SFTConfig":
         logits = min(LOGIT_CHUNK, batch_tokens) * decoder.vocab * 4 * LOGIT_COPIES
         how_logits = f"{LOGIT_CHUNK} learnt tokens at a time"
@@ -376,4 +402,5 @@ def _optimizer_bytes(config: Config, decoder: Shape, trainable: int) -> float:
         short, long = sorted((inputs, outputs))
         r = min(rank, short)
         state += copies * (config.optim.state_bytes * r * long + 4 * r * short)
-    return state * decoder.layers + config.optim.state_bytes * (trainable - decoder.linear)
+    layers = decoder.layers - config.training.frozen(decoder.layers)
+    return state * layers + config.optim.state_bytes * (trainable - decoder.linear // decoder.layers * layers)

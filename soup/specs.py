@@ -192,6 +192,16 @@ class TrainingSpec(Spec):
     gradient_checkpointing: bool
     packing: bool
     neftune_alpha: float
+    freeze_layers: int
+    freeze_ratio: float
+    loss_watchdog: bool
+    loss_watchdog_threshold: float
+    loss_watchdog_patience: int
+    loss_watchdog_action: str
+
+    def frozen(self, layers: int) -> int:
+        """Bottom layers, of `layers`, that do not train."""
+        return self.freeze_layers or round(self.freeze_ratio * layers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,12 @@ def training(
         gradient_checkpointing=gradient_checkpointing,
         packing=packing,
         neftune_alpha=neftune_alpha,
+        freeze_layers=freeze_layers,
+        freeze_ratio=freeze_ratio,
+        loss_watchdog=loss_watchdog,
+        loss_watchdog_threshold=loss_watchdog_threshold,
+        loss_watchdog_patience=loss_watchdog_patience,
+        loss_watchdog_action=loss_watchdog_action,
         args={
             "num_train_epochs": epochs,
             "max_steps": -1 if max_steps is None else max_steps,
@@ -81,6 +87,8 @@ def training(
             "loop:intervals",
             "loop:gradient_checkpointing",
             "loop:neftune",
+            "loop:freezing",
+            "watchdog:watchdog",
             "data:packing",
         ),
     )

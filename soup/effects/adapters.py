@@ -37,7 +37,7 @@ def adapter(built: Any) -> Iterator[Effect]:
     wanted = spec.loraplus_lr_ratio
     right = math.isclose(ratio, wanted or 1.0)
     yield Effect("lora.loraplus_lr_ratio", wanted, wanted if right else ratio, right, how)
-    heads = _heads(built)
+    heads, frozen = _heads(built), _frozen_modules(built)
     if spec.target_modules == "all-linear":
         linear = [
             name
@@ -46,13 +46,15 @@ def adapter(built: Any) -> Iterator[Effect]:
             and "lora_" not in name
             and not name.endswith(".base_layer")
             and m not in heads
+            and name not in frozen
         ]
         missing, stray = sorted(set(linear) - set(layers)), sorted(set(layers) - set(linear))
         ok = bool(layers) and not missing and not stray
         effective: Any = "all-linear" if ok else f"all but {missing[:3]}, and {stray[:3]}"
     else:
         wanted = (spec.target_modules,) if isinstance(spec.target_modules, str) else spec.target_modules
-        named = {w: [n for n in _modules(built.model) if n == w or n.endswith(f".{w}")] for w in wanted}
+        above = [name for name in _modules(built.model) if name not in frozen]
+        named = {w: [n for n in above if n == w or n.endswith(f".{w}")] for w in wanted}
         effective = sorted({name.rpartition(".")[2] for name in layers})
         ok = all(named.values()) and set().union(*named.values()) == set(layers)
     yield Effect(
@@ -69,10 +71,14 @@ def trainable(built: Any) -> Iterator[Effect]:
     trains = {name: p.numel() for name, p in built.model.named_parameters() if p.requires_grad}
     total = sum(p.numel() for p in built.model.parameters())
     if built.config.lora.r is None:
-        ok = sum(trains.values()) == total
-        if not ok:
-            how = f"{sum(trains.values()):,} of {total:,} parameters train"
-            yield Effect("training.freeze_layers", 0, "some weights are frozen", False, how)
+        still = _frozen_modules(built)
+        frozen = sum(
+            p.numel() for name, p in built.model.named_parameters() if name.rpartition(".")[0] in still
+        )
+        if sum(trains.values()) != total - frozen:
+            how = f"{sum(trains.values()):,} of {total - frozen:,} parameters train"
+            asked = built.config.training.freeze_layers
+            yield Effect("training.freeze_layers", asked, "other weights are frozen", False, how)
         return
     scores = _heads(built) if built.config.task.head == "score" else []
     also = {id(p) for head in scores for p in head.parameters()}
@@ -110,6 +116,20 @@ def _rate_ratio(built: Any) -> tuple[float, str]:
     if any(len(found) != 1 for found in rates.values()):
         return math.nan, how
     return rates["lora_B"].pop() / rates["lora_A"].pop(), how
+
+
+def _frozen_modules(built: Any) -> set[str]:
+    """Names of the modules in the layers that are to be frozen."""
+    if not (built.config.training.freeze_layers or built.config.training.freeze_ratio):
+        return set()
+    from soup.model.freeze import stack
+
+    name, layers = stack(built.model)
+    return {
+        f"{name}.{number}.{inner}"
+        for number, layer in enumerate(layers[: built.config.training.frozen(len(layers))])
+        for inner, _ in layer.named_modules()
+    }
 
 
 def _modules(model: Any) -> list[str]:

@@ -99,7 +99,7 @@ def _drawn_again(built: Any, layer: Any) -> Any:
     alone = torch.nn.Module()
     alone.only = deepcopy(layer.base_layer)
     config = deepcopy(built.model.peft_config["default"])
-    config.target_modules, config.layers_to_transform = ["only"], None
+    config.target_modules, config.layers_to_transform, config.exclude_modules = ["only"], None, None
     config.rank_pattern, config.alpha_pattern = {}, {}
     cuda = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=cuda):
@@ -263,12 +263,33 @@ def neftune(built: Any) -> Iterator[Effect]:
     yield Effect("training.neftune_alpha", wanted, wanted if ok else round(learns, 4), ok, how)
 
 
+def freezing(built: Any) -> Iterator[Effect]:
+    """Bottom layers in which nothing trains and no adapter lies; above them all weights, or all adapters, train."""
+    from soup.model.freeze import stack
+
+    training = built.config.training
+    layers = stack(built.model)[1]
+    trains = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
+    adapted = [any("lora_" in name for name, _ in layer.named_parameters()) for layer in layers]
+    asked = training.frozen(len(layers))
+    above = trains[asked:]
+    if built.config.lora.r is not None:  # named modules may lie in some of the layers only
+        above = [on for on, adapters in zip(above, adapted[asked:], strict=True) if adapters]
+    ok = not any(trains[:asked]) and not any(adapted[:asked]) and all(above)
+    frozen = asked if ok else trains.count(False)
+    how = f"{trains.count(False)} of {len(trains)} layers have nothing that trains, {adapted.count(True)} have adapters"
+    for key, wanted, effective in (
+        ("freeze_layers", training.freeze_layers, frozen),
+        ("freeze_ratio", training.freeze_ratio, frozen / len(trains)),
+    ):
+        yield Effect(f"training.{key}", wanted, wanted if ok and not wanted else effective, ok, how)
+
+
 def features_off(built: Any) -> Iterator[Effect]:
     """What was not asked for is not there: each feature of the loop that is off, read from the live objects."""
     trainer, model = built.trainer, built.model
     tree = built.config.tree["training"]
     classes = {type(module).__module__ for module in model.modules()}
-    callbacks = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
 
     def off(key: str, on: bool, how: str) -> Effect:
         value = tree[key]
@@ -291,17 +312,6 @@ def features_off(built: Any) -> Iterator[Effect]:
     ordered = not next(data_order(built)).ok
     for key in ("curriculum", "curriculum_metric", "curriculum_buckets"):
         yield off(key, ordered, "rows come as a random permutation has them")
-    frozen = _frozen_layers(built)
-    for key in ("freeze_layers", "freeze_ratio"):
-        yield off(key, frozen > 0, f"{frozen} layers have nothing that trains")
-    watched = any("Watchdog" in name for name in callbacks)
-    for key in (
-        "loss_watchdog",
-        "loss_watchdog_threshold",
-        "loss_watchdog_patience",
-        "loss_watchdog_action",
-    ):
-        yield off(key, watched, f"callbacks: {', '.join(callbacks)}")
 
 
 def _aux_loss_coeff(built: Any) -> tuple[Any, Any]:
@@ -315,20 +325,6 @@ def _aux_loss_coeff(built: Any) -> tuple[Any, Any]:
         built.model_folder, trust_remote_code=built.config.model.trust_remote_code
     ).get_text_config()
     return own.router_aux_loss_coef, live.router_aux_loss_coef
-
-
-def _frozen_layers(built: Any) -> int:
-    """Decoder layers in which nothing trains, of those that hold adapters (or of all, without adapters)."""
-    import torch
-
-    frozen = 0
-    for stack in (m for m in built.model.modules() if isinstance(m, torch.nn.ModuleList)):
-        for layer in stack:
-            parameters = dict(layer.named_parameters())
-            if built.config.lora.r is not None:
-                parameters = {name: p for name, p in parameters.items() if "lora_" in name}
-            frozen += bool(parameters) and not any(p.requires_grad for p in parameters.values())
-    return frozen
 
 
 def _batches(built: Any) -> Iterator[list[int]]:

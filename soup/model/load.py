@@ -143,8 +143,11 @@ def complete(spec: ModelSpec, missing: Iterable[str]) -> None:
         )
 
 
-def adapter(spec: LoraSpec, head: str = "causal") -> LoraConfig | None:
-    """PEFT's configuration, `None` where all weights train."""
+def adapter(spec: LoraSpec, head: str = "causal", *, frozen: str | None = None) -> LoraConfig | None:
+    """PEFT's configuration, `None` where all weights train.
+
+    `frozen`: a regular expression for the modules that get none.
+    """
     if spec.r is None:
         return None
     modules: str | list[str] = "all-linear"
@@ -159,4 +162,5 @@ def adapter(spec: LoraSpec, head: str = "causal") -> LoraConfig | None:
         target_modules=modules,
         use_dora=spec.use_dora,
         use_rslora=spec.use_rslora,
+        exclude_modules=frozen,
     )

@@ -66,6 +66,7 @@ def load_model(config: Config, folder: Path, precise: Precision) -> Any:
     """
     from unsloth import FastLanguageModel
 
+    from soup.model.freeze import freeze
     from soup.model.load import adapter, complete, readable
 
     head, training = config.task.head, config.training
@@ -85,7 +86,7 @@ def load_model(config: Config, folder: Path, precise: Precision) -> Any:
             **({"num_labels": 1} if head == "score" else {}),
         )
     complete(config.model, loaded["missing_keys"])
-    lora = adapter(config.lora, head)
+    lora = adapter(config.lora, head, frozen=freeze(model, training))
     if lora is None:
         return model
     modules = lora.target_modules
@@ -97,6 +98,7 @@ def load_model(config: Config, folder: Path, precise: Precision) -> Any:
         target_modules=modules if isinstance(modules, str) else sorted(modules),
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
+        exclude_modules=lora.exclude_modules,
         use_gradient_checkpointing=checkpointing,
         random_state=training.seed,
     )

@@ -7,6 +7,7 @@ Everything that libraries print goes to log.txt; the terminal gets what soup say
 from __future__ import annotations
 
 import ctypes
+import gc
 import io
 import os
 import signal
@@ -76,7 +77,9 @@ def _train(run: Run, console: Any, stopper: Stopper) -> int:
     from soup.train.progress import Display
 
     run.result_file.unlink(missing_ok=True)
-    return EXIT.get(job.train(run, Display(console), stopper), 1)
+    while (status := job.train(run, Display(console), stopper)) == "rolled back":
+        gc.collect()  # the model that diverged
+    return EXIT.get(status, 1)
 
 
 def _prove(run: Run) -> int:

@@ -15,10 +15,12 @@ from soup.device import Device
 from soup.errors import Problem, Refused
 from soup.inputs import data_arguments
 from soup.model import unsloth
+from soup.model.freeze import freeze
 from soup.model.load import Precision, adapter, load_model, load_tokenizer, precision
 from soup.schema import Config, merge_arguments
 from soup.train.neftune import add_noise
 from soup.train.trainer import Resumable
+from soup.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,19 @@ def build(config: Config, *, device: Device, model_folder: Path, output: Path) -
     )
     if config.training.neftune_alpha > 0:
         add_noise(built.model, config.training.neftune_alpha)
+    if config.training.loss_watchdog:
+        _watch(trainer, config)
     return built
+
+
+def _watch(trainer: Any, config: Config) -> None:
+    trainer.watchdog = Watchdog(
+        threshold=config.training.loss_watchdog_threshold,
+        patience=config.training.loss_watchdog_patience,
+        given_rows=not config.task.generates,
+        rolls_back=config.training.loss_watchdog_action == "rollback",
+    )
+    trainer.add_callback(trainer.watchdog)
 
 
 def _model(config: Config, folder: Path, precise: Precision, device: Device) -> tuple[Any, Any]:
@@ -89,7 +103,7 @@ def _model(config: Config, folder: Path, precise: Precision, device: Device) -> 
     if config.backend.unsloth:
         return unsloth.load_model(config, folder, precise), None
     model = load_model(folder, config.model, precise, device, head=config.task.head)
-    return model, adapter(config.lora, config.task.head)
+    return model, adapter(config.lora, config.task.head, frozen=freeze(model, config.training))
 
 
 @contextmanager
@@ -98,7 +112,7 @@ def _named_modules(config: Config) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if "arget modules" not in str(error):
+        if "arget modules" not in str(error) and "target_modules" not in str(error):
             raise
         raise Refused(
             Problem(

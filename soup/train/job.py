@@ -21,10 +21,13 @@ from soup.train.progress import Display
 from soup.train.stopper import Stopper
 from soup.train.tracking import open_trackers
 from soup.train.trainer import cut_metrics
+from soup.train.watchdog import Diverged, rate, roll_back, rollbacks
 
 
 def train(run: Run, display: Display, stopper: Stopper) -> str:
     """Trains the run to its end or to where it is asked to stop, and returns its status.
+
+    "rolled back": the run is one whose training goes on from an earlier checkpoint, by another call.
 
     Raises:
         Refused: what the folder says cannot be built.
@@ -44,13 +47,22 @@ def train(run: Run, display: Display, stopper: Stopper) -> str:
     trackers = open_trackers(config, run, say)
     trainer = built.trainer
     trainer.metrics_file = run.metrics
+    trainer.rate_factor = rate(run)
     trainer.add_callback(Loop(trainer, stopper, checkpoint))
     trainer.add_callback(Recorder(run, display, trackers))
     status = "failed"
     try:
-        if stopper.asked is None:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        status, details = _outcome(trainer, stopper, run)
+        try:
+            if stopper.asked is None:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            status, details = _outcome(trainer, stopper, run)
+        except Diverged as diverged:
+            back = roll_back(run, diverged) if trainer.watchdog.rolls_back else None
+            if back is not None:
+                say(f"{diverged}: back to {back}, at {rate(run):g} of the learning rate")
+                status = "rolled back"
+                return status
+            status, details = "diverged", {"error": str(diverged), **_details(trainer, run)}
         if status == "finished":
             save_model(run, built, details)
         run.finish(status, **details)
@@ -98,22 +110,29 @@ def _proved(built: Built, run: Run) -> None:
 
 
 def _outcome(trainer: Any, stopper: Stopper, run: Run) -> tuple[str, dict[str, Any]]:
-    """Status, and the last value of each logged metric."""
+    """Status, and what is known at the end."""
     state = trainer.state
+    details = _details(trainer, run)
+    if stopper.asked is not None and (state.global_step < state.max_steps or state.max_steps == 0):
+        return "interrupted", {"error": f"stopped by {stopper.asked}", **details}
+    if not math.isfinite(details.get("loss", 0.0)):
+        return "diverged", {"error": f"the loss is {details['loss']} at step {details['step']}", **details}
+    return "finished", details
+
+
+def _details(trainer: Any, run: Run) -> dict[str, Any]:
+    """The last value of each logged metric, how far the run came, and what it took."""
     last: dict[str, Any] = {}
     for line in run.lines():
         last |= line
-    details: dict[str, Any] = {
+    back = len(rollbacks(run))
+    return {
         **last,
-        "step": state.global_step or last.get("step", 0),  # 0 where it was stopped before its first step
-        "steps": state.max_steps,
+        "step": trainer.state.global_step or last.get("step", 0),  # 0: stopped before its first step
+        "steps": trainer.state.max_steps,
         "peak_memory_bytes": peak_memory_bytes(),
+        **({"rollbacks": back} if back else {}),
     }
-    if stopper.asked is not None and (state.global_step < state.max_steps or state.max_steps == 0):
-        return "interrupted", {"error": f"stopped by {stopper.asked}", **details}
-    if not math.isfinite(last.get("loss", 0.0)):
-        return "diverged", {"error": f"the loss is {last['loss']} at step {last['step']}", **details}
-    return "finished", details
 
 
 def prove(run: Run) -> list[effects.Effect]:

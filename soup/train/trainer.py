@@ -28,11 +28,14 @@ SUMS = ("_metrics", "_stored_metrics")  # of TRL's trainers: mode to metric to v
 class Resumable:
     """Mixed in before a `transformers.Trainer`. `metrics_file` is set by whoever builds the trainer.
 
+    `watchdog`: is told each micro-step's loss. `rate_factor`: of the learning rate, for steps from here on.
     `loraplus_lr_ratio`: LoRA+'s rate of B over that of A (arXiv:2402.12354), `None` where they are equal.
     """
 
     metrics_file: Path
     loraplus_lr_ratio: float | None = None
+    watchdog: Any = None
+    rate_factor: float = 1.0
     _partial: Path | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -45,7 +48,10 @@ class Resumable:
             counted = sum(int(mask.sum()) for mask in masks)
             # A packed batch has no padding, so it has no mask.
             self.state.num_input_tokens_seen += counted if masks else inputs["input_ids"].numel()
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.watchdog is not None:
+            self.watchdog.saw(loss)
+        return loss
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.loraplus_lr_ratio is None or self.optimizer is not None:
@@ -120,6 +126,8 @@ class Resumable:
                 for name in SUMS
             },
             "train_tokens": getattr(self, "_total_train_tokens", None),
+            "rate_factor": self.rate_factor,
+            "watchdog": self.watchdog and self.watchdog.to_dict(),
             "metrics_bytes": self.metrics_file.stat().st_size if self.metrics_file.exists() else 0,
         }
 
@@ -134,6 +142,17 @@ class Resumable:
                 getattr(self, name)[mode] = defaultdict(list, values)
         if state["train_tokens"] is not None:
             self._total_train_tokens = state["train_tokens"]
+        if self.watchdog is not None:
+            self.watchdog.restore(state["watchdog"])
+        if self.rate_factor != state["rate_factor"]:
+            self._scale_rates(self.rate_factor / state["rate_factor"])
+
+    def _scale_rates(self, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factor
+            group["initial_lr"] *= factor
+        self.lr_scheduler.base_lrs = [rate * factor for rate in self.lr_scheduler.base_lrs]
+        self.lr_scheduler._last_lr = [rate * factor for rate in self.lr_scheduler._last_lr]
 
 
 def cut_metrics(metrics: Path, checkpoint: Path | None) -> None:

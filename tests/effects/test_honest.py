@@ -38,6 +38,23 @@ HONEST = {
     "intervals": ("training.logging_steps=3", "training.save_steps=1", "training.eval_steps=2"),
     "held out": ("data.eval_fraction=0.2",),
     "template": ("model.chat_template={% for m in messages %}{{ m.role + m.content }}{% endfor %}",),
+    "frozen layer, adapters above": ("training.freeze_layers=1",),
+    "frozen half, all weights": ("training.freeze_ratio=0.5", "lora=none"),
+    "frozen layer, one module": ("training.freeze_layers=1", "lora.target_modules=down_proj"),
+    "frozen layer, checkpointing": ("training.freeze_layers=1", "training.gradient_checkpointing=true"),
+    "frozen layer, checkpointing, all weights": (
+        "training.freeze_layers=1",
+        "training.gradient_checkpointing=true",
+        "lora=none",
+    ),
+    "frozen layer, 4bit dora": ("training.freeze_layers=1", "model.quantization=4bit", "lora=dora"),
+    "watchdog": ("training.loss_watchdog=true",),
+    "patient watchdog that rolls back": (
+        "training.loss_watchdog=true",
+        "training.loss_watchdog_threshold=3.5",
+        "training.loss_watchdog_patience=1",
+        "training.loss_watchdog_action=rollback",
+    ),
     "short rows": ("data.max_length=48",),
 }
 

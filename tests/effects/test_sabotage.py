@@ -152,6 +152,13 @@ def frozen(*parts):
     return after
 
 
+def thawed(part):
+    def after(built):
+        next(p for name, p in built.model.named_parameters() if part in name).requires_grad_(True)
+
+    return after
+
+
 def trained_base(built):
     next(p for name, p in built.model.named_parameters() if "norm" in name).requires_grad_(True)
 
@@ -298,6 +305,18 @@ def watchdog(built):
     from transformers import TrainerCallback
 
     built.trainer.add_callback(type("LossWatchdog", (TrainerCallback,), {}))
+
+
+def unheard_watchdog(built):
+    built.trainer.watchdog = None
+
+
+def deaf_watchdog(built):
+    built.trainer.watchdog.patience += 1
+
+
+def no_watchdog(built):
+    built.trainer.remove_callback(built.trainer.watchdog)
 
 
 def no_flow(built):
@@ -537,6 +556,24 @@ AFTER = {
     "own forward": ("", own_forward, "backend.kernels"),
     "packing": ("", attributes("trainer.padding_free", True), "training.packing"),
     "watchdog": ("", watchdog, "training.loss_watchdog"),
+    "an unheard watchdog": ("training.loss_watchdog=true", unheard_watchdog, "training.loss_watchdog"),
+    "a watchdog's patience": (
+        "training.loss_watchdog=true",
+        deaf_watchdog,
+        "training.loss_watchdog_patience",
+    ),
+    "a watchdog's threshold": (
+        "training.loss_watchdog=true",
+        attributes("trainer.watchdog.threshold", 100.0),
+        "training.loss_watchdog_threshold",
+    ),
+    "no watchdog": ("training.loss_watchdog=true", no_watchdog, "training.loss_watchdog"),
+    "a layer too many": ("training.freeze_layers=1 lora=none", frozen("layers.1."), "training.freeze_layers"),
+    "a frozen layer thawed": (
+        "training.freeze_ratio=0.5 lora=none",
+        thawed("layers.0."),
+        "training.freeze_ratio",
+    ),
     "adapters on experts": ("", expert_adapters, "training.moe_lora"),
     "processes": ("", two_processes, "distributed.processes"),
 }

@@ -152,6 +152,37 @@ def test_a_row_beyond_the_models_context_is_refused(generated, task, compose):
     planned(compose, *words, "longctx=yarn", model={"max_position_embeddings": 32})
 
 
+def test_frozen_layers_have_no_adapters_no_gradients_and_no_state(compose):
+    per_layer = planned(compose).trainable // 3
+    assert planned(compose, "training.freeze_layers=2").trainable == per_layer
+    assert planned(compose, "training.freeze_ratio=0.34").trainable == 2 * per_layer
+    whole = planned(compose, "lora=none")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **COMMON))
+    of_a_layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    frozen = planned(compose, "lora=none", "training.freeze_layers=2")
+    assert whole.trainable - frozen.trainable == 2 * of_a_layer
+    for part in ("gradients", "optimizer"):
+        assert frozen.memory[part] < whole.memory[part]
+    assert (
+        planned(compose, "training.freeze_layers=2").memory["activations"]
+        < planned(compose).memory["activations"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        ("training.freeze_layers=3", "has 3 layers, and 2 can be frozen"),
+        ("training.freeze_ratio=0.9", "has 3 layers, and 2 can be frozen"),
+        ("training.freeze_ratio=0.1", "less than half of one of this model's 3 layers"),
+    ],
+)
+def test_freezing_all_or_nothing_is_refused(compose, override, why):
+    with pytest.raises(Refused, match=why):
+        planned(compose, override)
+
+
 def test_every_number_has_its_reason_and_parts_add_up(compose):
     found = planned(compose)
     assert sum(found.memory.values()) == found.peak_memory_bytes
