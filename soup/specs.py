@@ -192,6 +192,8 @@ class TrainingSpec(Spec):
     gradient_checkpointing: bool
     packing: bool
     neftune_alpha: float
+    curriculum: bool
+    curriculum_buckets: int
     freeze_layers: int
     freeze_ratio: float
     loss_watchdog: bool

@@ -63,6 +63,8 @@ def training(
         loss_watchdog_threshold=loss_watchdog_threshold,
         loss_watchdog_patience=loss_watchdog_patience,
         loss_watchdog_action=loss_watchdog_action,
+        curriculum=curriculum,
+        curriculum_buckets=curriculum_buckets,
         args={
             "num_train_epochs": epochs,
             "max_steps": -1 if max_steps is None else max_steps,
@@ -84,6 +86,7 @@ def training(
             "loop:clipping",
             "loop:seed",
             "loop:data_order",
+            "loop:curriculum",
             "loop:intervals",
             "loop:gradient_checkpointing",
             "loop:neftune",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from soup.rules.rule import Above, Not, OneOf, Rule, word
@@ -12,11 +13,12 @@ GALORE = "arXiv:2403.03507"
 UNSLOTH_CPU = "unsloth_zoo.cpu"
 
 
-def _pending(key: str, condition: Any) -> Rule:
+def _pending(key: str, condition: Any, beside: Mapping[str, Any] | None = None) -> Rule:
     return Rule(
         key=key,
-        when={key: condition},
-        why="is not available yet",
+        when={key: condition} | dict(beside or {}),
+        why="is not available yet"
+        + "".join(f" with {name}={word(value)}" for name, value in (beside or {}).items()),
         fix="another choice; `soup plan` works with this one",
         pending=True,
     )
@@ -281,6 +283,13 @@ RULES: tuple[Rule, ...] = (
         why="data.eval names the held-out rows already",
         fix="data.eval_fraction=0.0, or data.eval=null",
     ),
+    Rule(
+        key="training.curriculum",
+        when={"training.curriculum": True, "task": "kto"},
+        why="KTO pairs each answer with a neighbour of its batch, so its batches are the same in every epoch",
+        fix="training.curriculum=false",
+        source="arXiv:2402.01306",
+    ),
     _idle("training.curriculum", False, "training.curriculum_metric", "length"),
     _idle("training.curriculum", False, "training.curriculum_buckets", 4),
     _idle("training.loss_watchdog", False, "training.loss_watchdog_threshold", 10.0),
@@ -356,7 +365,8 @@ RULES: tuple[Rule, ...] = (
     _pending("training.use_flash_attn", OneOf("v2", "v3")),
     _pending("training.moe_lora", True),
     _pending("training.moe_aux_loss_coeff", Not(None)),
-    _pending("training.curriculum", True),
+    _pending("training.curriculum_metric", Not("length")),
+    _pending("training.curriculum", True, {"training.packing": True}),
     _pending("tracking.mlflow", Not(None)),
     _pending("tracking.trackio", Not(None)),
     _pending("launch", "slurm"),

@@ -18,6 +18,7 @@ from soup.model import unsloth
 from soup.model.freeze import freeze
 from soup.model.load import Precision, adapter, load_model, load_tokenizer, precision
 from soup.schema import Config, merge_arguments
+from soup.train.curriculum import Curriculum, tokens
 from soup.train.neftune import add_noise
 from soup.train.trainer import Resumable
 from soup.train.watchdog import Watchdog
@@ -71,6 +72,12 @@ def build(config: Config, *, device: Device, model_folder: Path, output: Path) -
             processing_class=tokenizer,
             peft_config=peft_config,
             **extra(config, model_folder, precise, device),
+        )
+    if config.training.curriculum:
+        trainer.curriculum = Curriculum(
+            tokens(prepared["train"].open()),
+            buckets=config.training.curriculum_buckets,
+            seed=config.training.data_seed,
         )
     built = Built(
         config=config,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft.optimizers import create_loraplus_optimizer
 from safetensors import SafetensorError
+from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from soup.errors import RecordError
@@ -36,7 +37,11 @@ class Resumable:
     loraplus_lr_ratio: float | None = None
     watchdog: Any = None
     rate_factor: float = 1.0
+    curriculum: Sampler[int] | None = None  # set by whoever builds the trainer, where one is asked for
     _partial: Path | None = None
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return self.curriculum or super()._get_train_sampler(*args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._partial) if self._partial is not None else super()._get_output_dir(trial)

@@ -250,6 +250,13 @@ def test_noise_twice_interrupted(twice_interrupted, task):
     twice_interrupted((f"task={task}", "training.neftune_alpha=5.0", *TASK, *TASKS.get(task, ())))
 
 
+@pytest.mark.parametrize("task", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
+def test_a_curriculum_twice_interrupted(twice_interrupted, task):
+    """Three steps an epoch: the first epoch's order and the later ones'."""
+    words = (f"task={task}", "training.curriculum=true", "training.curriculum_buckets=3", *TASK)
+    twice_interrupted((*words, *TASKS.get(task, ())))
+
+
 @pytest.fixture(scope="module")
 def scorer(tiny_model, tmp_path_factory):
     """A random reward model, as task=reward saves one with all its weights."""

@@ -29,11 +29,12 @@ CHOICES = {
     "all weights": ("lora=none", "optim.weight_decay=0.1", "optim.scheduler=linear"),
     "4bit": ("model.quantization=4bit", "training.gradient_checkpointing=true", "lora.dropout=0.1"),
     "bfloat16": ("model.dtype=bfloat16", "lora=dora", "lora.target_modules=[q_proj,down_proj]"),
-    "rslora, noise, a frozen layer, watched": (
+    "rslora, noise, a frozen layer, watched, in order": (
         "lora=rslora",
         "training.neftune_alpha=5.0",
         "training.freeze_layers=1",
         "training.loss_watchdog=true",
+        "training.curriculum=true",
     ),
     "bfloat16, all weights": ("model.dtype=bfloat16", "lora=none"),
 }
