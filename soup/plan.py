@@ -180,6 +180,7 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
     """
     decoder = shape(model)
     _within_context(config, model, lengths)
+    _projects(config, decoder)
     training, task, spread, lora = config.training, config.task, config.distributed, config.lora
     notes: dict[str, str] = {}
     adapters = adapter_parameters(config, decoder)
@@ -291,6 +292,15 @@ def _within_context(config: Config, model: Mapping[str, Any], lengths: Lengths) 
     )
 
 
+def _projects(config: Config, decoder: Shape) -> None:
+    """Refuses a rank of GaLore's that is no less than the smaller side of every layer: nothing would be projected."""
+    knobs, largest = config.optim.galore, max(min(i, o) for _, i, o, _ in decoder.linears)
+    if knobs is not None and knobs["rank"] >= largest:
+        why = f"no linear layer of this model has more than {largest} inputs and outputs, so nothing is projected"
+        fix = f"optim.galore_rank={max(1, largest // 4)}, or optim=adamw"
+        raise Refused(Problem(key="optim.galore_rank", value=knobs["rank"], why=why, fix=fix))
+
+
 def _frozen_layers(config: Config, decoder: Shape) -> int:
     """Layers that do not train; refuses to freeze all of them, and a ratio that comes to none."""
     training = config.training
@@ -394,13 +404,14 @@ def _layer_floats(decoder: Shape) -> float:
 
 def _optimizer_bytes(config: Config, decoder: Shape, trainable: int) -> float:
     """State of the optimizer; GaLore keeps its moments in the projection, and the projection itself."""
-    rank = config.optim.galore_rank
-    if rank is None:
+    if config.optim.galore is None:
         return config.optim.state_bytes * trainable
+    rank = config.optim.galore["rank"]
     state = 0.0
     for _, inputs, outputs, copies in decoder.linears:
         short, long = sorted((inputs, outputs))
         r = min(rank, short)
         state += copies * (config.optim.state_bytes * r * long + 4 * r * short)
     layers = decoder.layers - config.training.frozen(decoder.layers)
-    return state * layers + config.optim.state_bytes * (trainable - decoder.linear // decoder.layers * layers)
+    plain = trainable - decoder.linear // decoder.layers * layers
+    return state * layers + config.optim.state_bytes * plain

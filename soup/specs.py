@@ -122,14 +122,17 @@ class LoraSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSpec(Spec):
-    """An optimizer and its schedule. `state_bytes`: optimizer state per trained parameter, in bytes."""
+    """An optimizer and its schedule. `state_bytes`: optimizer state per trained parameter, in bytes.
+
+    `galore`: rank, update_proj_gap and scale of its projections.
+    """
 
     lr: float
     weight_decay: float
     scheduler: str
     warmup_ratio: float
     state_bytes: float
-    galore_rank: int | None = None
+    galore: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

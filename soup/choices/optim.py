@@ -128,8 +128,19 @@ def lion(
     )
 
 
-def schedule_free(*, lr: Rate, weight_decay: Decay, warmup_ratio: Ratio) -> OptimSpec:
-    """Schedule-free AdamW (arXiv:2405.15682): averages in place of a decaying rate."""
+def schedule_free(
+    *,
+    lr: Rate,
+    weight_decay: Decay,
+    beta1: Annotated[float, Gt(0), Lt(1)],
+    beta2: Moment,
+    eps: Rate,
+    warmup_ratio: Ratio,
+) -> OptimSpec:
+    """Schedule-free AdamW (arXiv:2405.15682): averages in place of a decaying rate.
+
+    `beta1`: where between the average and the newest weights gradients are taken.
+    """
     return _spec(
         "schedule_free_adamw",
         lr,
@@ -137,7 +148,9 @@ def schedule_free(*, lr: Rate, weight_decay: Decay, warmup_ratio: Ratio) -> Opti
         "constant",
         warmup_ratio,
         state_bytes=2 * FP32,
-        requires=(Package(distribution="schedulefree", extra="schedule-free"),),
+        args={"adam_beta1": beta1, "adam_beta2": beta2, "adam_epsilon": eps},
+        requires=(Package(distribution="schedulefree", extra="schedulefree"),),
+        effects=(*EFFECTS, "optimizer:schedule_free"),
     )
 
 
@@ -145,6 +158,9 @@ def galore(
     *,
     lr: Rate,
     weight_decay: Decay,
+    beta1: Moment,
+    beta2: Moment,
+    eps: Rate,
     scheduler: Scheduler,
     warmup_ratio: Ratio,
     galore_rank: Annotated[int, Ge(1)],
@@ -159,13 +175,10 @@ def galore(
         scheduler,
         warmup_ratio,
         state_bytes=2 * FP32,
-        galore_rank=galore_rank,
-        args={
-            "optim_target_modules": "all-linear",
-            "optim_args": f"rank={galore_rank}, update_proj_gap={galore_update_proj_gap}, "
-            f"scale={galore_scale}",
-        },
+        galore={"rank": galore_rank, "update_proj_gap": galore_update_proj_gap, "scale": galore_scale},
+        args={"adam_beta1": beta1, "adam_beta2": beta2, "adam_epsilon": eps},
         requires=(Package(distribution="galore-torch", extra="galore"),),
+        effects=(*EFFECTS, "optimizer:galore"),
     )
 
 
@@ -183,7 +196,7 @@ def _spec(
     args: dict[str, Any] | None = None,
     requires: tuple[Package, ...] = (),
     effects: tuple[str, ...] = EFFECTS,
-    galore_rank: int | None = None,
+    galore: dict[str, Any] | None = None,
 ) -> OptimSpec:
     return OptimSpec(
         lr=lr,
@@ -191,7 +204,7 @@ def _spec(
         scheduler=scheduler,
         warmup_ratio=warmup_ratio,
         state_bytes=state_bytes,
-        galore_rank=galore_rank,
+        galore=galore,
         args={
             "optim": optim,
             "learning_rate": lr,

@@ -96,14 +96,73 @@ def adafactor(built: Any) -> Iterator[Effect]:
             moved = moved - update / max(1.0, float(update.pow(2).mean() ** 0.5))
         return moved
 
-    yield _steps(built, steps, whole_state=False)
+    yield _steps(built, steps, state_bytes=None)
 
 
-def _steps(built: Any, formula: Callable[[Sequence[Any]], Any], whole_state: bool = True) -> Effect:
+def schedule_free(built: Any) -> Iterator[Effect]:
+    """Schedule-free AdamW (arXiv:2405.15682, algorithm 1) at a constant rate: gradients are taken at
+    y = (1 - beta1) z + beta1 x, z steps, and x is the average of all z."""
+    tree = built.config.tree["optim"]
+    beta1, beta2, eps = (float(tree[key]) for key in ("beta1", "beta2", "eps"))
+
+    def steps(gradients: Sequence[Any]) -> Any:
+        square = z = x = 0.0
+        for count, gradient in enumerate(gradients, 1):
+            square = beta2 * square + (1 - beta2) * gradient**2
+            z = z - gradient / ((square / (1 - beta2**count)) ** 0.5 + eps)
+            x = x + (z - x) / count
+        return (1 - beta1) * z + beta1 * x
+
+    yield _steps(built, steps)
+    yield from _held(built, {"beta1": beta1, "beta2": beta2, "eps": eps})
+
+
+def galore(built: Any) -> Iterator[Effect]:
+    """GaLore (arXiv:2403.03507, algorithm 2) with Adam: which weights are projected, to which rank, and two steps."""
+    import torch
+
+    from soup.model.freeze import stack
+
+    tree = built.config.tree["optim"]
+    rank, gap, scale = (tree[f"galore_{name}"] for name in ("rank", "update_proj_gap", "scale"))
+    beta1, beta2, eps = (float(tree[key]) for key in ("beta1", "beta2", "eps"))
+
+    def steps(gradients: Sequence[Any]) -> Any:
+        moment = square = moved = 0.0
+        for count, gradient in enumerate(gradients, 1):
+            if (count - 1) % gap == 0:
+                basis_Rn = torch.linalg.svd(gradient.double()).Vh[:rank].to(gradient.dtype)
+            low = gradient @ basis_Rn.T
+            moment = beta1 * moment + (1 - beta1) * low
+            square = beta2 * square + (1 - beta2) * low**2
+            step = moment / (1 - beta1**count) / ((square / (1 - beta2**count)) ** 0.5 + eps)
+            moved = moved - scale * step @ basis_Rn
+        return moved
+
+    live = optimizer(built)
+    yield _steps(built, steps, state_bytes=8 * min(rank, SIDE) / SIDE)
+    yield from _held(built, {"beta1": beta1, "beta2": beta2, "eps": eps})
+    held = [(group, p) for group in live.param_groups for p in group["params"]]
+    projected = {id(p): group for group, p in held if "rank" in group}
+    inside = [m for m in stack(built.model)[1].modules() if isinstance(m, torch.nn.Linear)]
+    wanted = {id(m.weight) for m in inside if m.weight.requires_grad}
+    kinds = {f"{tuple(p.shape)} to {min(group['rank'], *p.shape)}" for group, p in held if id(p) in projected}
+    how = f"{len(projected)} of {len(held)} tensors are projected: {', '.join(sorted(kinds))}"
+    right = set(projected) == wanted
+    for name, value in (("rank", rank), ("update_proj_gap", gap), ("scale", scale)):
+        values = sorted({group.get(name) for group in projected.values()})
+        ok = right and values == [value]
+        yield Effect(f"optim.galore_{name}", value, values[0] if len(values) == 1 else values, ok, how)
+
+
+def _steps(
+    built: Any, formula: Callable[[Sequence[Any]], Any], state_bytes: float | None = math.nan
+) -> Effect:
     """Two steps at a rate of 1 of a tensor beside the model's, by a twin of the live optimizer, against `formula`.
 
-    `formula` is given the gradients (SIDE, SIDE) and says where a tensor of zeros ends. `whole_state`: the state
-    must take as many bytes for each parameter as the plan counts; Adafactor's depends on the tensor's sides.
+    `formula` is given the gradients (SIDE, SIDE), of full rank, and says where a tensor of zeros ends. `state_bytes`:
+    what the state must take for each parameter, as the plan counts it if not given; `None` where it depends on the
+    tensor's sides.
     """
     import torch
 
@@ -115,9 +174,12 @@ def _steps(built: Any, formula: Callable[[Sequence[Any]], Any], whole_state: boo
     )  # the schedule's
     moved = torch.nn.Parameter(torch.zeros(SIDE, SIDE, device=device))
     twin.state = defaultdict(dict)
-    twin.param_groups = [live.param_groups[0] | {"params": [moved], "lr": 1.0, "weight_decay": 0.0}]
-    places = torch.arange(SIDE * SIDE, device=device, dtype=torch.float32).reshape(SIDE, SIDE)
-    gradients = [torch.sin(places), torch.sin(7 * places + 1)]
+    first = live.param_groups[0]
+    twin.param_groups = [first | {"params": [moved], "lr": 1.0, "weight_decay": 0.0}]
+    if "train_mode" in first:
+        twin.param_groups[0]["train_mode"] = True
+    places = torch.arange(SIDE * SIDE, device=device, dtype=torch.float64).reshape(SIDE, SIDE)
+    gradients = [torch.sin(places**2).float(), torch.sin(places**2 + places).float()]
     for gradient in gradients:
         moved.grad = gradient.clone()
         type(live).step(twin)
@@ -125,7 +187,8 @@ def _steps(built: Any, formula: Callable[[Sequence[Any]], Any], whole_state: boo
     off = float((moved.detach() - expected).abs().mean() / expected.abs().mean())
     held = [one for one in twin.state[moved].values() if torch.is_tensor(one)]
     state = sum(one.numel() * one.element_size() for one in held) / moved.numel()
-    ok = off <= TOLERANCE and (not whole_state or abs(state - spec.state_bytes) <= 0.1 * spec.state_bytes)
+    counted = spec.state_bytes if state_bytes is not None and math.isnan(state_bytes) else state_bytes
+    ok = off <= TOLERANCE and (counted is None or abs(state - counted) <= 0.1 * counted)
     name = built.config.tree["optim"]["name"]
     how = f"two steps by {type(live).__name__} are {off:.1e} off the formula; its state: {state:.3g} bytes a parameter"
     return Effect("optim.name", name, name if ok else f"another, {type(live).__name__}", ok, how)
@@ -157,7 +220,8 @@ def schedule(built: Any) -> Iterator[Effect]:
     rounded = [round(factor(s), 4) for s in sampled]
     how = f"factor at steps {sampled}: {rounded}"
     name = optim.scheduler
-    yield Effect("optim.scheduler", name, name if right else rounded, right, how)
+    if "scheduler" in built.config.tree["optim"]:
+        yield Effect("optim.scheduler", name, name if right else rounded, right, how)
     reached = next((step for step in range(steps + 1) if factor(step) >= 1 - 1e-12), None)
     yield Effect(
         "optim.warmup_ratio",

@@ -63,6 +63,26 @@ RULES: tuple[Rule, ...] = (
         fix="distributed=ddp, or optim=adamw",
         source=GALORE,
     ),
+    Rule(
+        key="optim",
+        when={"optim": "galore", "task": "ppo"},
+        why="PPO trains a value model beside the policy in one optimizer, and GaLore projects one model's layers",
+        fix="optim=adamw",
+    ),
+    Rule(
+        key="optim",
+        when={"optim": "galore", "model.moe": True},
+        why="GaLore projects matrices, and this model's experts are fused in one parameter of three dimensions",
+        fix="optim=adamw, or a dense model",
+        source=GALORE,
+    ),
+    Rule(
+        key="optim",
+        when={"optim": "schedule_free", "task": "ppo"},
+        why="the optimizer must be told when training pauses, and TRL's PPO loop does not tell it",
+        fix="optim=adamw",
+        source="arXiv:2405.15682",
+    ),
     # Quantization
     Rule(
         key="lora",
@@ -354,7 +374,6 @@ RULES: tuple[Rule, ...] = (
         fix="task.reward_model=FOLDER, as `python -m soup task=reward` trains one from preference pairs",
     ),
     # Composes and plans; the training part is not built yet
-    _pending("optim", OneOf("galore", "schedule_free")),
     _pending("distributed", Not("none")),
     _pending("longctx", Not("none")),
     _pending("longctx.use_ring_attention", True),

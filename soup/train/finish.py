@@ -12,6 +12,8 @@ from soup.train.build import Built
 
 def save_model(run: Run, built: Built, final: dict[str, Any]) -> None:
     """Adapter or weights, tokenizer, chat template and model card, whole or absent."""
+    if callable(getattr(built.trainer.optimizer, "eval", None)):
+        built.trainer.optimizer.eval()  # schedule-free: the averaged weights
     partial = run.folder / ".model"
     shutil.rmtree(partial, ignore_errors=True)
     built.trainer.save_model(str(partial))

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from soup.errors import RecordError
 from soup.record import write_json
+from soup.train.optimizers import galore
 
 KEPT = 2  # checkpoints; one more than the newest, should that be unreadable
 STATE = "soup_state.json"
@@ -29,12 +31,14 @@ SUMS = ("_metrics", "_stored_metrics")  # of TRL's trainers: mode to metric to v
 class Resumable:
     """Mixed in before a `transformers.Trainer`. `metrics_file` is set by whoever builds the trainer.
 
-    `watchdog`: is told each micro-step's loss. `rate_factor`: of the learning rate, for steps from here on.
-    `loraplus_lr_ratio`: LoRA+'s rate of B over that of A (arXiv:2402.12354), `None` where they are equal.
+    `galore`: its rank, update_proj_gap and scale, where it is the optimizer. `watchdog`: is told each micro-
+    step's loss. `rate_factor`: of the learning rate, for steps from here on. `loraplus_lr_ratio`: LoRA+'s
+    rate of B over that of A (arXiv:2402.12354), `None` where they are equal.
     """
 
     metrics_file: Path
     loraplus_lr_ratio: float | None = None
+    galore: Mapping[str, Any] | None = None
     watchdog: Any = None
     rate_factor: float = 1.0
     curriculum: Sampler[int] | None = None  # set by whoever builds the trainer, where one is asked for
@@ -59,16 +63,26 @@ class Resumable:
         return loss
 
     def create_optimizer(self, model: Any = None) -> Any:
-        if self.loraplus_lr_ratio is None or self.optimizer is not None:
-            return super().create_optimizer(model)
-        kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = create_loraplus_optimizer(
-            self.model,
-            kind,
-            loraplus_lr_ratio=self.loraplus_lr_ratio,
-            loraplus_weight_decay=self.args.weight_decay,
-            **settings,
-        )
+        if self.optimizer is not None:
+            return self.optimizer
+        if self.galore is not None:
+            self.optimizer = galore(self, self.galore)
+        elif self.loraplus_lr_ratio is not None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = create_loraplus_optimizer(
+                self.model,
+                kind,
+                loraplus_lr_ratio=self.loraplus_lr_ratio,
+                loraplus_weight_decay=self.args.weight_decay,
+                **settings,
+            )
+        else:
+            super().create_optimizer(model)
+        for group in self.optimizer.param_groups:
+            if (
+                "warmup_steps" in group
+            ):  # schedule-free: the schedule warms up, and it would read our share as steps
+                group["warmup_steps"] = 0
         return self.optimizer
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -159,6 +159,14 @@ def thawed(part):
     return after
 
 
+def unprojected(built):
+    from soup.effects.optimizer import optimizer
+
+    groups = optimizer(built).param_groups
+    groups[1]["params"] += groups[0]["params"][:1]
+    del groups[0]["params"][0]
+
+
 def trained_base(built):
     next(p for name, p in built.model.named_parameters() if "norm" in name).requires_grad_(True)
 
@@ -356,6 +364,7 @@ def two_processes(_built):
     PartialState._shared_state["num_processes"] = 2
 
 
+GALORE = "optim=galore lora=none optim.galore_rank=8"
 NONE = "lora=none"
 BEFORE = {
     # adapters
@@ -527,6 +536,14 @@ AFTER = {
     "faster B": ("", faster_b, "lora.loraplus_lr_ratio"),
     "decay of norms": (NONE, no_decay_groups, "optim.weight_decay"),
     "a group's betas": (NONE, optimizer_group(betas=(0.5, 0.999)), "optim.beta1"),
+    "GaLore's scale": (GALORE, optimizer_group(scale=1.0), "optim.galore_scale"),
+    "GaLore's rank": (GALORE, optimizer_group(rank=4), "optim.galore_rank"),
+    "GaLore without a projection": (GALORE, unprojected, "optim.galore_rank"),
+    "schedule-free, another average": (
+        "optim=schedule_free",
+        optimizer_group(weight_lr_power=0.0, r=2.0),
+        "optim.name",
+    ),
     "labels": ("", collator(labels_everywhere), "data.format"),
     "cut batches": ("", collator(cut), "data.format"),
     "shifted ids": ("", collator(shifted), "data.format"),
