@@ -9,7 +9,7 @@ import yaml
 
 from soup import rules
 from soup.device import Device
-from soup.errors import Problem
+from soup.errors import Problem, Refused
 from soup.plan import Lengths, plan
 from soup.schema import GROUPS, SECTIONS, check, merge_arguments
 
@@ -76,7 +76,12 @@ def test_every_point_plans_or_is_refused_with_a_fix(device, specs, sections):
             assert all(isinstance(p, Problem) and p.why and p.fix for p in problems)
             continue
         merge_arguments(config)
-        found = plan(config, model=LLAMA, device=machine, lengths=LENGTHS)
+        try:
+            found = plan(config, model=LLAMA, device=machine, lengths=LENGTHS)
+        except Refused as refusal:  # GaLore's default rank is above this small model's width
+            refused += 1
+            assert [p.key for p in refusal.problems] == ["optim.galore_rank"]
+            continue
         planned += 1
         assert found.peak_memory_bytes > 0 and found.steps > 0 and found.disk_bytes > 0
         assert found.trainable > 0
