@@ -347,9 +347,12 @@ def _memory(
     quantized = config.model.quantization if not config.model.quantization_aware else "none"
     frozen = decoder.linear * per_weight[quantized] + (decoder.total - decoder.linear) * size
     weights = frozen + 4 * adapters
-    if task.reference and config.lora.r is None and not task.precompute_ref:
-        weights += frozen  # a frozen copy
-    weights += (task.frozen_models + task.trained_models) * frozen
+    copies = task.reference and config.lora.r is None and not task.precompute_ref
+    beside = {  # models that other tasks do not have
+        "reference": frozen if copies else 0,  # with adapters it is the model with those off
+        "reward model": task.frozen_models * size * decoder.total,  # PPO's are not quantized
+        "value model": task.trained_models * 4 * decoder.total,  # trains in float32
+    }
     train_size = 4 if config.lora.r is not None else size
 
     ring = config.longctx.ring_size if config.longctx.use_ring_attention else 1
@@ -375,10 +378,16 @@ def _memory(
     else:
         logits = batch_tokens * decoder.vocab * 4 * 3
         how_logits = "every token of the batch"
+    if task.trained_models:  # those of all answers of a step, and a padded copy (TRL's batch_generation)
+        rollouts = training.batch_size * training.gradient_accumulation_steps * task.generates
+        logits = max(logits, rollouts * decoder.vocab * 4 * 2)
+        how_logits += ", or twice those of every generated token of a step, whichever is more"
     world = spread.world
+    shared = world if "weights" in spread.shards else 1
     parts = {
-        "weights": weights / (world if "weights" in spread.shards else 1),
-        "gradients": (train_size * trainable + task.trained_models * size * decoder.total)
+        "weights": weights / shared,
+        **{name: held / shared for name, held in beside.items() if held},
+        "gradients": (train_size * trainable + task.trained_models * 4 * decoder.total)
         / (world if "gradients" in spread.shards else 1),
         "optimizer": _optimizer_bytes(config, decoder, trainable + task.trained_models * decoder.total)
         / (world if "optimizer" in spread.shards else 1),

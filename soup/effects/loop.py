@@ -268,7 +268,7 @@ def _forwards(built: Any) -> list[int]:
     handles = [layer.register_forward_pre_hook(count) for layer in layers]
     ids_1T = torch.arange(8, device=built.trainer.args.device)[None]
     try:
-        with as_it_was(model), built.trainer.compute_loss_context_manager():
+        with as_it_was(model), built.trainer.accelerator.autocast():
             model.train()
             model(input_ids=ids_1T, use_cache=False).logits.float().mean().backward()
     finally:

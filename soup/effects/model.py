@@ -37,7 +37,9 @@ def weights(built: Any) -> Iterator[Effect]:
         elif name in live:
             rows = _rows(built.model_folder, live[name])
             in_memory = live[name].detach()[rows].cpu()
-            stored = take(rows).to(in_memory.dtype)
+            stored = (
+                take(rows).to(built.precision.weights).to(in_memory.dtype)
+            )  # TRL makes some float32 again
             same_bits = in_memory.shape == stored.shape and torch.equal(in_memory, stored)
             equal += same_bits
             if not same_bits:
@@ -197,7 +199,13 @@ def _relative_error(module: Any, stored: Any) -> float:
     from peft.utils.integrations import dequantize_module_weight
     from transformers.pytorch_utils import Conv1D
 
-    live, stored = dequantize_module_weight(module).detach().float().cpu(), stored.float()
+    if type(module).__name__ == "Linear8bitLt":
+        # PEFT's function, on a CPU, would leave the module without its scales after a forward (peft 0.21).
+        scales_O = module.state.SCB if module.weight.SCB is None else module.weight.SCB
+        live = module.weight.detach().float().cpu() * scales_O.float().cpu()[:, None] / 127
+    else:
+        live = dequantize_module_weight(module).detach().float().cpu()
+    stored = stored.float()
     if issubclass(getattr(module, "source_cls", object), Conv1D):  # GPT-2's, which bitsandbytes turns
         stored = stored.T
     if live.shape != stored.shape:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -275,13 +275,20 @@ def _score(built: Any, ids: Sequence[int]) -> Tensor:
         return built.model(input_ids=ids_1T).logits[0, 0].double().cpu()
 
 
+def mixed(built: Any) -> Any:
+    """Autocast where training has it and weights are of 16 bits, since TRL makes some of those float32. Weights of 32
+    bits are multiplied in 32 bits, which shows differences that would drown in the rounding of sums over long rows."""
+    whole = built.precision.weights is torch.float32
+    return nullcontext() if whole else built.trainer.accelerator.autocast()
+
+
 @contextmanager
 def undisturbed(built: Any) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards random state, modes and the trainer's sums are as they were."""
     trainer, model = built.trainer, built.model
     kept = {name: deepcopy(getattr(trainer, name)) for name in KEPT if name in vars(trainer)}
     try:
-        with as_it_was(model), torch.no_grad():
+        with as_it_was(model), torch.no_grad(), mixed(built):
             model.eval()
             yield
     finally:

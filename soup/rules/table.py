@@ -104,6 +104,18 @@ RULES: tuple[Rule, ...] = (
         fix="backend=transformers, or model.quantization_aware=false",
     ),
     Rule(
+        key="lora.use_dora",
+        when={
+            "lora.use_dora": True,
+            "model.quantization": "8bit",
+            "model.quantization_aware": False,
+            "device": "cpu",
+        },
+        why="DoRA reads the frozen weights at each step, and PEFT 0.21 loses their 8-bit scales by that on a CPU",
+        fix="model.quantization=4bit or none, or lora=lora",
+        source="peft.utils.integrations.dequantize_module_weight",
+    ),
+    Rule(
         key="model.dtype",
         when={"model.dtype": "float16", "device": "cpu"},
         why="float16 training needs loss scaling on a GPU; a CPU has no fast float16 arithmetic",

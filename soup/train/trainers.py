@@ -40,6 +40,15 @@ class KTO(KTOTrainer):
 class Reward(RewardTrainer):
     """Scores are read at the token that ends the answer, where PPO reads them; what a template writes after it goes."""
 
+    def __init__(self, **given: Any):
+        super().__init__(**given)
+        if not (self.args.bf16 or self.args.fp16):
+            # Beside quantized weights TRL makes all that trains bfloat16. Adapters convert what they are given; the
+            # head takes the float32 that the model gives it.
+            for name, parameter in self.model.named_parameters():
+                if ".score." in f".{name}" and parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+
     def _prepare_dataset(self, dataset: Any, processing_class: Any, *_: Any) -> Any:
         end = processing_class.eos_token_id
 

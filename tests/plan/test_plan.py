@@ -123,10 +123,20 @@ def test_memory_goes_where_it_should(compose):
 
 def test_a_frozen_reference_costs_a_copy_only_where_there_is_one(compose):
     sft, dpo = planned(compose, "lora=none"), planned(compose, "lora=none", "task=dpo")
-    assert dpo.memory["weights"] == 2 * sft.memory["weights"]
+    assert dpo.memory["reference"] == dpo.memory["weights"] == sft.memory["weights"]
     early = planned(compose, "lora=none", "task=dpo", "task.precompute_ref=true")
     assert early.memory["weights"] == sft.memory["weights"]
     assert planned(compose, "task=dpo").memory["weights"] == planned(compose).memory["weights"]
+
+
+def test_ppo_shows_what_each_of_its_models_takes(compose):
+    scored = ("task=ppo", "task.reward_model=a folder")
+    adapters, whole = planned(compose, *scored), planned(compose, *scored, "lora=none")
+    assert "reference" not in adapters.memory and whole.memory["reference"] == whole.memory["weights"]
+    assert whole.memory["value model"] == 4 * whole.parameters
+    assert adapters.memory["reward model"] > 0
+    longer = planned(compose, *scored, "task.response_length=400", "training.gradient_accumulation_steps=8")
+    assert longer.memory["logits"] > adapters.memory["logits"]
 
 
 def test_a_million_tokens_plan(compose):
