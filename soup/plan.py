@@ -25,6 +25,7 @@ LOGIT_CHUNK = (
     256  # learnt tokens that TRL turns into logits at once (sft_trainer._CHUNKED_LM_HEAD_CHUNK_SIZE)
 )
 LOGIT_COPIES = 6  # logits, log-softmax, their exponent and product, and two gradients, in float32
+NF4_BLOCK = 64  # weights that share a scale
 NF4_BYTES = 0.516  # a weight and its share of doubly quantized scales (arXiv:2305.14314, section 3)
 CHECKPOINTS_KEPT = 2
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -181,6 +182,7 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
     decoder = shape(model)
     _within_context(config, model, lengths)
     _projects(config, decoder)
+    _four_bits(config, decoder, device)
     training, task, spread, lora = config.training, config.task, config.distributed, config.lora
     notes: dict[str, str] = {}
     adapters = adapter_parameters(config, decoder)
@@ -299,6 +301,18 @@ def _projects(config: Config, decoder: Shape) -> None:
         why = f"no linear layer of this model has more than {largest} inputs and outputs, so nothing is projected"
         fix = f"optim.galore_rank={max(1, largest // 4)}, or optim=adamw"
         raise Refused(Problem(key="optim.galore_rank", value=knobs["rank"], why=why, fix=fix))
+
+
+def _four_bits(config: Config, decoder: Shape, device: Device) -> None:
+    """Refuses 4-bit layers that bitsandbytes 0.50 reads wrongly on a CPU: its kernel begins a block at each row."""
+    model = config.model
+    if device.kind != "cpu" or model.quantization != "4bit" or model.quantization_aware:
+        return
+    odd = [f"{name} has {inputs}" for name, inputs, _, _ in decoder.linears if inputs % NF4_BLOCK]
+    if odd:
+        why = f"bitsandbytes' CPU kernel takes inputs in multiples of {NF4_BLOCK}, and this model's {odd[0]}"
+        fix = "model.quantization=8bit or none"
+        raise Refused(Problem(key="model.quantization", value="4bit", why=why, fix=fix))
 
 
 def _frozen_layers(config: Config, decoder: Shape) -> int:

@@ -18,7 +18,7 @@ LLAMA = {
     "model_type": "llama",
     "vocab_size": 320,
     "hidden_size": 64,
-    "intermediate_size": 160,
+    "intermediate_size": 192,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -16,6 +16,7 @@ from soup.data.report import Report
 from soup.device import Device, resolve
 from soup.errors import NotAvailableYet, Problem, Refused
 from soup.model import source
+from soup.model.names import untargeted
 from soup.plan import Lengths, Plan, plan
 from soup.schema import Config, check, merge_arguments
 
@@ -85,6 +86,8 @@ def _checked(point: Point, *, train: bool) -> Checked:
         raise Refused(problems)
     if train and (unbuilt := rules.pending(facts)):
         raise NotAvailableYet(unbuilt)
+    if not model.notes and (problem := untargeted(config, model.folder, model.config)):
+        raise Refused(problem)
     reports = _reports(config, model.folder, train)
     planned = plan(config, model=model.config, device=device, lengths=_lengths(reports))
     return Checked(

@@ -120,6 +120,7 @@ def schedule_free(built: Any) -> Iterator[Effect]:
 def galore(built: Any) -> Iterator[Effect]:
     """GaLore (arXiv:2403.03507, algorithm 2) with Adam: which weights are projected, to which rank, and two steps."""
     import torch
+    from transformers.pytorch_utils import Conv1D
 
     from soup.model.freeze import stack
 
@@ -144,7 +145,7 @@ def galore(built: Any) -> Iterator[Effect]:
     yield from _held(built, {"beta1": beta1, "beta2": beta2, "eps": eps})
     held = [(group, p) for group in live.param_groups for p in group["params"]]
     projected = {id(p): group for group, p in held if "rank" in group}
-    inside = [m for m in stack(built.model)[1].modules() if isinstance(m, torch.nn.Linear)]
+    inside = [m for m in stack(built.model)[1].modules() if isinstance(m, torch.nn.Linear | Conv1D)]
     wanted = {id(m.weight) for m in inside if m.weight.requires_grad}
     kinds = {f"{tuple(p.shape)} to {min(group['rank'], *p.shape)}" for group, p in held if id(p) in projected}
     how = f"{len(projected)} of {len(held)} tensors are projected: {', '.join(sorted(kinds))}"

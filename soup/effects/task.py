@@ -9,9 +9,11 @@ has the same loss whatever beta is.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +22,28 @@ from torch import Tensor
 
 from soup.effects import Effect, as_it_was, losses, same
 from soup.effects.losses import Row
-from soup.effects.model import tensors
+from soup.effects.model import WHOLE_BYTES, tensors
 from soup.model.load import prompt_ids
+from soup.train.forward import as_prepared
 
 ROWS = 3
 MOVES = (1e-3, 1e-2, 1e-1, 1.0)  # of the parameter: the first that moves a row's log-probability far enough
 MOVED = 2.0  # nats
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative, or of 1 for small losses
-COARSE = 5e-2  # bfloat16, float16 and quantized weights
+TOLERANCE = 1e-4  # relative, or of 1 for small losses
+COARSE = 5e-2  # quantized weights, and those of 16 bits in a large model
 SIDES = {  # of columns with token ids, and what a row's sides are called
     "chosen_ids": "chosen",
     "rejected_ids": "rejected",
     "completion_ids": "completion",
     "KL_completion_ids": "mismatched",
 }
+TABLE = {  # of columns with the reference's log-probabilities, summed, and the sides they are of
+    "ref_chosen_logps": "chosen",
+    "ref_rejected_logps": "rejected",
+    "ref_logps": "completion",
+    "ref_KL_logps": "mismatched",
+}
+ROUNDING = 0.05  # nats a token, of a table that is made with products of 16 bits
 KEPT = ("_metrics", "_stored_metrics", "_total_train_tokens", "_buffered_inputs", "_step")
 
 
@@ -58,11 +68,23 @@ def _loss(built: Any) -> Iterator[Effect]:
             return [_row(built, part) for example in examples for part in documents(example)]
 
         reference = measured()
+        if built.config.task.precompute_ref:
+            reference = [_of_table(row, one) for row, one in zip(reference, examples, strict=True)]
         with _moved(model, measured, reference, built.config.task.reference) as policy:
             with torch.enable_grad():  # the loss that trains; Unsloth computes another way without gradients
                 live = float(trainer.compute_loss(model, batch).detach())
             live -= _router_loss(trainer)
     yield from _compared(built, live, lambda **knobs: float(formula(policy, reference, **knobs)), formula)
+
+
+def _of_table(row: Row, example: Mapping[str, Any]) -> Row:
+    """The row with the sums of log-probabilities that its table has, which are rounded as training rounds them."""
+    answers = {
+        side: row.answers[side] + (example[column] - row.answers[side].sum()) / len(row.answers[side])
+        for column, side in TABLE.items()
+        if column in example
+    }
+    return replace(row, answers=row.answers | answers)
 
 
 def _router_loss(trainer: Any) -> float:
@@ -127,14 +149,16 @@ def reference(built: Any) -> Iterator[Effect]:
         with undisturbed(built):
             example = trainer.train_dataset[0]
             row = _row(built, example)
-        pairs = {"ref_chosen_logps": "chosen", "ref_rejected_logps": "rejected", "ref_logps": "completion"}
-        gaps = [
-            abs(example[column] - float(row.answers[side].sum())) / max(1.0, abs(example[column]))
-            for column, side in pairs.items()
-            if column in columns
-        ]
-        ok = copy is None and bool(gaps) and max(gaps) <= _tolerance(built)
-        how = f"columns {', '.join(columns)}; the first row's are right to {max(gaps):.1e}"
+        rounds = built.precision.autocast is not None
+        gaps, fits = [], []
+        for column, side in TABLE.items():
+            if column in columns:
+                logps_T = row.answers[side]
+                gaps.append(abs(example[column] - float(logps_T.sum())))
+                rounding = ROUNDING * math.sqrt(len(logps_T)) if rounds else 0.0
+                fits.append(gaps[-1] <= rounding + _tolerance(built) * max(1.0, abs(example[column])))
+        ok = copy is None and bool(fits) and all(fits)
+        how = f"columns {', '.join(columns)}; the first row's are right to {max(gaps):.1e} nats"
     elif copy is not None:
         shared = {id(p) for p in copy.parameters()} & {id(p) for p in built.model.parameters()}
         ok = not shared and not copy.training
@@ -218,8 +242,8 @@ def _compared(built: Any, live: float, formula: Any, signature: Any) -> Iterator
 
 
 def _tolerance(built: Any) -> float:
-    coarse = built.config.model.quantization != "none" or built.precision.autocast is not None
-    return COARSE if coarse else TOLERANCE.get(built.precision.weights, COARSE)
+    coarse = built.config.model.quantization != "none" or _too_large(built)
+    return COARSE if coarse else TOLERANCE
 
 
 def _examples(rows: Any) -> list[Mapping[str, Any]]:
@@ -275,11 +299,41 @@ def _score(built: Any, ids: Sequence[int]) -> Tensor:
         return built.model(input_ids=ids_1T).logits[0, 0].double().cpu()
 
 
-def mixed(built: Any) -> Any:
-    """Autocast where training has it and weights are of 16 bits, since TRL makes some of those float32. Weights of 32
-    bits are multiplied in 32 bits, which shows differences that would drown in the rounding of sums over long rows."""
-    whole = built.precision.weights is torch.float32
-    return nullcontext() if whole else built.trainer.accelerator.autocast()
+@contextmanager
+def _in_float32(built: Any) -> Iterator[None]:
+    """Policy and reference with weights and products of 32 bits, so that no difference drowns in rounding.
+
+    Where that would take too much memory, the forward pass is that of training.
+    """
+    model, reference = built.model, getattr(built.trainer, "ref_model", None)
+    if _too_large(built):
+        with as_prepared(model, built.trainer.accelerator):
+            yield
+        return
+    models = [one for one in (model, reference) if one is not None]
+    kept = [(p, p.data) for one in models for p in one.parameters() if p.is_floating_point()]
+    quantized = [m for one in models for m in one.modules() if hasattr(m, "compute_dtype")]
+    dtypes = [m.compute_dtype for m in quantized]
+    autocast = vars(reference).get("forward") if hasattr(reference, "_original_forward") else None
+    for parameter, data in kept:
+        parameter.data = data.float()
+    for module in quantized:
+        module.compute_dtype = torch.float32
+    if autocast is not None:
+        reference.forward = reference._original_forward
+    try:
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+        for module, dtype in zip(quantized, dtypes, strict=True):
+            module.compute_dtype = dtype
+        if autocast is not None:
+            reference.forward = autocast
+
+
+def _too_large(built: Any) -> bool:
+    return sum(p.numel() for p in built.model.parameters() if p.is_floating_point()) * 4 > WHOLE_BYTES
 
 
 @contextmanager
@@ -288,7 +342,7 @@ def undisturbed(built: Any) -> Iterator[None]:
     trainer, model = built.trainer, built.model
     kept = {name: deepcopy(getattr(trainer, name)) for name in KEPT if name in vars(trainer)}
     try:
-        with as_it_was(model), torch.no_grad(), mixed(built):
+        with as_it_was(model), torch.no_grad(), _in_float32(built):
             model.eval()
             yield
     finally:

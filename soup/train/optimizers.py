@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from soup.model.freeze import stack
 
@@ -22,7 +23,7 @@ def galore(trainer: Any, knobs: Mapping[str, Any]) -> torch.optim.Optimizer:
     linear = {
         id(module.weight)
         for module in stack(model)[1].modules()
-        if isinstance(module, torch.nn.Linear) and module.weight.requires_grad
+        if isinstance(module, torch.nn.Linear | Conv1D) and module.weight.requires_grad
     }
     decaying = set(trainer.get_decay_parameter_names(model))
     projected, plain, exempt = [], [], []

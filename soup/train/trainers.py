@@ -14,15 +14,26 @@ from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from soup.train.forward import as_prepared
+
 MASKED = -100
 
 
-class DPO(DPOTrainer):
+class _Table:
+    """The table of reference log-probabilities as training would compute them: TRL asks the model before accelerate
+    has prepared it."""
+
+    def _precompute_ref_logps(self, *given: Any, **named: Any) -> Any:
+        with as_prepared(self.model, self.accelerator):
+            return super()._precompute_ref_logps(*given, **named)
+
+
+class DPO(_Table, DPOTrainer):
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset
 
 
-class KTO(KTOTrainer):
+class KTO(_Table, KTOTrainer):
     """Batches are taken in order, since each answer's mismatched partner is of its own batch (arXiv:2402.01306,
     section 4.1). So the rows are shuffled here, once, by the data seed."""
 

@@ -17,7 +17,7 @@ from soup.schema import check
 COMMON = {
     "vocab_size": 320,
     "hidden_size": 64,
-    "intermediate_size": 160,
+    "intermediate_size": 192,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -191,6 +191,16 @@ def test_frozen_layers_have_no_adapters_no_gradients_and_no_state(compose):
 def test_freezing_all_or_nothing_is_refused(compose, override, why):
     with pytest.raises(Refused, match=why):
         planned(compose, override)
+
+
+def test_4_bits_are_refused_where_bitsandbytes_reads_them_wrongly(compose):
+    odd = {"intermediate_size": 96}
+    with pytest.raises(Refused, match="multiples of 64, and this model's down_proj has 96"):
+        planned(compose, "model.quantization=4bit", model=odd)
+    assert planned(compose, "model.quantization=8bit", model=odd)
+    assert planned(
+        compose, "model.quantization=4bit", model=odd, device=Device(kind="cuda", bf16=True, reason="test")
+    )
 
 
 def test_every_number_has_its_reason_and_parts_add_up(compose):
