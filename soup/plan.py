@@ -344,8 +344,7 @@ def _memory(
         2 if device.bf16 and dtype != "float32" or device.bf16 and config.model.dtype == "auto" else size
     )
     per_weight = {"none": size, "4bit": NF4_BYTES, "8bit": 1.01}
-    quantized = config.model.quantization if not config.model.quantization_aware else "none"
-    frozen = decoder.linear * per_weight[quantized] + (decoder.total - decoder.linear) * size
+    frozen = decoder.linear * per_weight[config.model.stored] + (decoder.total - decoder.linear) * size
     weights = frozen + 4 * adapters
     copies = task.reference and config.lora.r is None and not task.precompute_ref
     beside = {  # models that other tasks do not have

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from soup.effects import Effect, as_it_was, losses, same
 from soup.effects.losses import Row
-from soup.effects.model import tensors
+from soup.effects.quantization import tensors
 from soup.model.load import prompt_ids
 
 ROWS = 3
@@ -218,7 +218,7 @@ def _compared(built: Any, live: float, formula: Any, signature: Any) -> Iterator
 
 
 def _tolerance(built: Any) -> float:
-    coarse = built.config.model.quantization != "none" or built.precision.autocast is not None
+    coarse = built.config.model.stored != "none" or built.precision.autocast is not None
     return COARSE if coarse else TOLERANCE.get(built.precision.weights, COARSE)
 
 
