@@ -40,7 +40,9 @@ def simulated(built: Any) -> Iterator[Effect]:
     limit = OFF if _product(built) is torch.float32 else COARSE[bits]
     right = effective == spec.quantization and off <= limit
     how += f"; their outputs are {off:.2g} of the rounding off the formula's"
-    yield Effect("model.quantization", spec.quantization, effective if off <= limit else "another", right, how)
+    yield Effect(
+        "model.quantization", spec.quantization, effective if off <= limit else "another", right, how
+    )
     size = sizes[0] if len(sizes) == 1 else sizes
     how = "inputs that lose their value beside a large one, in each layer's quantizer"
     yield same("model.quantization_group_size", spec.quantization_group_size, size, how)
@@ -151,10 +153,16 @@ def _gradients(built: Any, found: list[tuple[str, Any, Any]]) -> tuple[int, list
         with as_it_was(model), torch.enable_grad(), built.trainer.compute_loss_context_manager():
             model.eval()
             logits = model(input_ids=ids_1T, use_cache=False).logits.float()
-            logits.log_softmax(-1).amax(-1).sum().backward() if logits.shape[-1] > 1 else logits.sum().backward()
+            logits.log_softmax(-1).amax(-1).sum().backward() if logits.shape[
+                -1
+            ] > 1 else logits.sum().backward()
         for name, module, outer in found:
             trains = [p for p in (outer or module).parameters() if p.requires_grad]
-            moved = [p for p in trains if p.grad is not None and bool(p.grad.isfinite().all()) and bool(p.grad.any())]
+            moved = [
+                p
+                for p in trains
+                if p.grad is not None and bool(p.grad.isfinite().all()) and bool(p.grad.any())
+            ]
             reached += len(moved)
             if trains and not moved:
                 still.append(name)

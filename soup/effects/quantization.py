@@ -71,7 +71,9 @@ def _forwards(built: Any) -> tuple[float, int]:
 
     chosen: dict[str, tuple[str, Any]] = {}
     for name, module in built.model.named_modules():
-        if type(module).__name__ in QUANTIZED:
+        if type(module).__name__ in QUANTIZED and isinstance(
+            module, torch.nn.Linear
+        ):  # PEFT's have these names too
             key = plain(name + ".")
             chosen.setdefault(key.split(".")[-2], (f"{key}weight", module))
     wanted = dict(chosen.values())
@@ -87,7 +89,9 @@ def _forwards(built: Any) -> tuple[float, int]:
         places = torch.arange(INPUTS * weight_OI.shape[1], dtype=torch.float32).view(INPUTS, -1)
         wave_NI = torch.sin(places**2)
         expected_NO = wave_NI @ weight_OI.float().T
-        kept = {key: vars(module)[key] for key in ("compute_type_is_set", "compute_dtype") if key in vars(module)}
+        kept = {
+            key: vars(module)[key] for key in ("compute_type_is_set", "compute_dtype") if key in vars(module)
+        }
         try:
             with torch.no_grad(), built.trainer.compute_loss_context_manager():
                 given = wave_NI.to(device=module.weight.device, dtype=built.precision.weights)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from soup.errors import Problem, Refused
+from soup.model.groups import whole_groups
 from soup.specs import ModelSpec
 
 BITS = {"4bit": torch.int4, "8bit": torch.int8}
@@ -55,23 +56,6 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head and "score" not in name.split("."):
             yield name, module
-
-
-def whole_groups(spec: ModelSpec, inputs: dict[str, int]) -> None:
-    """Refuses a group size that does not divide the inputs of every layer, given by name."""
-    size = spec.quantization_group_size
-    uneven = {name: count for name, count in inputs.items() if count % size}
-    if uneven:
-        fits = next((s for s in (128, 64, 32, 16, 8, 4, 2) if not any(c % s for c in inputs.values())), None)
-        name, count = next(iter(uneven.items()))
-        raise Refused(
-            Problem(
-                key="model.quantization_group_size",
-                value=size,
-                why=f"does not divide the {count} inputs of {name}",
-                fix="model.quantization_aware=false" if fits is None else f"model.quantization_group_size={fits}",
-            )
-        )
 
 
 def fold_adapters(model: nn.Module) -> None:

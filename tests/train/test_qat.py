@@ -56,3 +56,73 @@ def trained(tree, place, server, scorer):
 def test_every_task_trains(trained, task, words, choice):
     run = trained(f"task={task}", choice, *SHORT, *words)
     assert run.state() == "finished"
+
+
+RELOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    torch.save(model(torch.arange(3, 40)[None]).logits.float(), sys.argv[2])
+kinds = {type(m.weight).__name__ for m in model.modules() if isinstance(m, torch.nn.Linear)}
+print(sorted(kinds))
+"""
+
+
+@pytest.fixture
+def finished(build, place, tree, tmp_path):
+    """`finished("lora=dora")`: a trained build, and its run with the model folder saved."""
+
+    def trained(*overrides):
+        from soup.train.finish import save_model
+
+        words = ("training.max_steps=3", "optim.lr=1e-2", "model.dtype=float32", *overrides)
+        built = build(*words)
+        run = place(tree(*words))
+        built.trainer.metrics_file = tmp_path / "metrics.jsonl"
+        built.trainer.train()
+        save_model(run, built, {"step": 3, "loss": 1.5})
+        return built, run
+
+    return trained
+
+
+def logits(model):
+    import torch
+
+    model.eval()
+    with torch.no_grad():
+        return model(torch.arange(3, 40)[None]).logits.float()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (*AWARE, "lora=none"),
+        (*AWARE, "lora=dora", "lora.target_modules=[q_proj,down_proj]", "model.quantization_group_size=16"),
+        ("model.quantization=8bit", "model.quantization_aware=true", "lora=rslora"),
+    ],
+    ids=" ".join,
+)
+def test_the_export_reloads_as_what_was_trained(finished, tmp_path, capsys, overrides):
+    import subprocess
+    import sys
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from soup.cli.main import main
+
+    built, run = finished(*overrides)
+    trained = logits(built.model)
+    assert main(["runs", "export", "--quantized", run.id, f"run.root={run.folder.parent}"]) == 0
+    folder = run.folder / "quantized"
+    assert str(folder) in capsys.readouterr().out.replace("\n", "")
+    words = [sys.executable, "-c", RELOAD, str(folder), str(tmp_path / "logits.pt")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "IntxUnpackedToInt8Tensor" in done.stdout
+    assert torch.allclose(torch.load(tmp_path / "logits.pt"), trained, atol=1e-4)
+    untrained = logits(AutoModelForCausalLM.from_pretrained(built.model_folder))
+    assert (trained - untrained).abs().max() > 1e-2
+    assert [path.name for path in run.folder.iterdir() if path.name.startswith(".quantized")] == []
