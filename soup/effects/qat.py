@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ BITS = {"4bit": 4, "8bit": 8}
 # Distance of what a layer computes from the formula's weights, over the formula's distance from the plain ones:
 # 1 where nothing is rounded. The rest is bfloat16's own rounding, which is half of 8 bits'.
 OFF = 0.05
-COARSE = {4: 0.2, 8: 0.5}
+COARSE = {4: 0.2, 8: 0.6}
+ADAPTED = 0.3  # norm of the adapter over that of its base, while outputs are compared
 
 
 def simulated(built: Any) -> Iterator[Effect]:
@@ -93,28 +95,52 @@ def _run(row: Tensor) -> int:
 
 
 def _outputs(built: Any, found: list[tuple[str, Any, Any]], bits: int) -> float:
-    """The worst of the layers, adapters and all, on inputs that each show one column of the weight."""
-    size = built.config.model.quantization_group_size
+    """The worst of the layers: what they compute, adapters and all, against the formula's weights."""
     worst = 0.0
     with as_it_was(built.model), torch.no_grad():
         built.model.eval()
         for _, module, outer in found:
-            weight_OI = _whole(module, outer)
-            width = weight_OI.shape[1]
-            columns = torch.arange(min(2 * size, width), device=weight_OI.device)
-            shown_NI = torch.nn.functional.one_hot(columns, width).to(module.weight.dtype)
-            with built.trainer.compute_loss_context_manager():
-                live_NO = (module if outer is None else outer)(shown_NI).float()
-            if module.bias is not None:
-                live_NO = live_NO - module.bias.float()
-            plain_NO = weight_OI[:, : len(columns)].T
-            formula_NO = rounded(weight_OI[:, : len(columns)], bits, size).T
-            # A group's largest weight lies half-way between two integers, so that its side is an accident.
-            sure_NO = ~_largest(weight_OI[:, : len(columns)], size).T
-            change = ((formula_NO - plain_NO) * sure_NO).norm()
-            if change > 0:
-                worst = max(worst, float(((live_NO - formula_NO) * sure_NO).norm() / change))
+            with _moved(module, outer):
+                worst = max(worst, _off(built, module, outer, bits))
     return worst
+
+
+def _off(built: Any, module: Any, outer: Any, bits: int) -> float:
+    """Distance on inputs that each show one column of the weight, over how far rounding moves these columns."""
+    size = built.config.model.quantization_group_size
+    weight_OI = _whole(module, outer)
+    width = weight_OI.shape[1]
+    columns = torch.arange(min(2 * size, width), device=weight_OI.device)
+    shown_NI = torch.nn.functional.one_hot(columns, width).to(module.weight.dtype)
+    with built.trainer.compute_loss_context_manager():
+        live_NO = (module if outer is None else outer)(shown_NI).float()
+    if module.bias is not None:
+        live_NO = live_NO - module.bias.float()
+    plain_OI = weight_OI[:, : len(columns)]
+    formula_OI = rounded(plain_OI, bits, size)
+    # A group's largest weight lies half-way between two integers, so that its side is an accident.
+    sure_OI = ~_largest(plain_OI, size)
+    change = ((formula_OI - plain_OI) * sure_OI).norm()
+    return float(((live_NO.T - formula_OI) * sure_OI).norm() / change) if change > 0 else 0.0
+
+
+@contextmanager
+def _moved(module: Any, outer: Any) -> Iterator[None]:
+    """Adapters start at zero, where it does not show whether they are rounded with their base: B is set to a wave."""
+    if outer is None:
+        yield
+        return
+    kept = {name: outer.lora_B[name].weight.detach().clone() for name in outer.active_adapters}
+    try:
+        for name, before in kept.items():
+            wave = torch.sin(torch.arange(before.numel(), device=before.device)).view_as(before)
+            delta = outer.scaling[name] * (wave @ outer.lora_A[name].weight.float())
+            size = ADAPTED * module.weight.float().norm() / delta.norm().clamp(min=1e-12)
+            outer.lora_B[name].weight.copy_(size * wave)
+        yield
+    finally:
+        for name, before in kept.items():
+            outer.lora_B[name].weight.copy_(before)
 
 
 def rounded(weight_OI: Tensor, bits: int, size: int) -> Tensor:

@@ -77,7 +77,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
 def load_model(
     folder: Path, spec: ModelSpec, precise: Precision, device: Device, *, head: str = "causal"
 ) -> torch.nn.Module:
-    """The causal language model, quantized if asked (in training only: `soup.model.qat`), on `device`; with `head="score"` it ends in one new number.
+    """The causal language model on `device`, quantized or computing as if it were (`soup.model.qat`) if asked.
+
+    With `head="score"` it ends in one new number.
 
     Raises:
         Refused: the folder holds no such model, or not all of its weights.

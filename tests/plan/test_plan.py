@@ -17,7 +17,7 @@ from soup.schema import check
 COMMON = {
     "vocab_size": 320,
     "hidden_size": 64,
-    "intermediate_size": 160,
+    "intermediate_size": 192,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -119,6 +119,37 @@ def test_memory_goes_where_it_should(compose):
     two = planned(compose, "lora=none", "distributed=zero2", "distributed.processes=2")
     assert two.memory["weights"] == whole.memory["weights"]
     assert two.memory["optimizer"] * 2 == pytest.approx(whole.memory["optimizer"], abs=4)
+
+
+AWARE = ("model.quantization=4bit", "model.quantization_aware=true")
+
+
+def test_simulated_quantization_costs_the_rounded_weights(compose):
+    plain, aware = planned(compose), planned(compose, *AWARE)
+    assert aware.memory["weights"] == plain.memory["weights"]
+    kept = planned(compose, *AWARE, "training.gradient_checkpointing=true")
+    recomputed = planned(compose, "training.gradient_checkpointing=true")
+    rounded = [
+        one.memory["activations"] - two.memory["activations"]
+        for one, two in ((aware, plain), (kept, recomputed))
+    ]
+    assert rounded[0] > rounded[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "model", "key", "fix"),
+    [
+        ((*AWARE, "model.quantization_group_size=128"), {}, "model.quantization_group_size", "size=64"),
+        (AWARE, {"intermediate_size": 104}, "model.quantization_group_size", "size=8"),
+        (AWARE, {"intermediate_size": 101}, "model.quantization_group_size", "aware=false"),
+        (AWARE, {"model_type": "gpt2"}, "model.quantization_aware", "another model"),
+        (("model.quantization=4bit",), {"intermediate_size": 96}, "model.quantization", "8bit or none"),
+    ],
+)
+def test_groups_of_inputs_must_come_out_even(compose, overrides, model, key, fix):
+    with pytest.raises(Refused, match=fix) as refused:
+        planned(compose, *overrides, model=model)
+    assert refused.value.problems[0].key == key
 
 
 def test_a_frozen_reference_costs_a_copy_only_where_there_is_one(compose):

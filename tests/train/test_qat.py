@@ -98,11 +98,22 @@ def logits(model):
 @pytest.mark.parametrize(
     "overrides",
     [
-        (*AWARE, "lora=none"),
-        (*AWARE, "lora=dora", "lora.target_modules=[q_proj,down_proj]", "model.quantization_group_size=16"),
-        ("model.quantization=8bit", "model.quantization_aware=true", "lora=rslora"),
+        pytest.param((*AWARE, "lora=none"), marks=pytest.mark.slow, id="all weights"),
+        pytest.param(
+            (
+                *AWARE,
+                "lora=dora",
+                "lora.target_modules=[q_proj,down_proj]",
+                "model.quantization_group_size=16",
+            ),
+            id="dora on some",
+        ),
+        pytest.param(
+            ("model.quantization=8bit", "model.quantization_aware=true", "lora=rslora"),
+            marks=pytest.mark.slow,
+            id="8 bits",
+        ),
     ],
-    ids=" ".join,
 )
 def test_the_export_reloads_as_what_was_trained(finished, tmp_path, capsys, overrides):
     import subprocess
@@ -126,3 +137,132 @@ def test_the_export_reloads_as_what_was_trained(finished, tmp_path, capsys, over
     untrained = logits(AutoModelForCausalLM.from_pretrained(built.model_folder))
     assert (trained - untrained).abs().max() > 1e-2
     assert [path.name for path in run.folder.iterdir() if path.name.startswith(".quantized")] == []
+
+
+def test_what_is_saved_has_the_names_and_weights_of_a_plain_model(finished):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    built, run = finished(*AWARE, "lora=none")
+    loaded, report = AutoModelForCausalLM.from_pretrained(run.model, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    live = built.model.state_dict()
+    assert live.keys() == loaded.state_dict().keys()
+    assert all(torch.equal(live[name], one) for name, one in loaded.state_dict().items())
+
+
+def test_a_saved_adapter_loads_with_peft(finished):
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from peft.utils import get_peft_model_state_dict
+
+    built, run = finished(*AWARE, "lora=dora")
+    loaded = get_peft_model_state_dict(AutoPeftModelForCausalLM.from_pretrained(run.model))
+    live = get_peft_model_state_dict(built.model)
+    assert live.keys() == loaded.keys()
+    assert all(torch.equal(live[name], one) for name, one in loaded.items())
+
+
+STOP = """
+import os, signal
+from soup.train.callbacks import Recorder
+log = Recorder.on_log
+def on_log(self, args, state, control, **rest):
+    log(self, args, state, control, **rest)
+    if state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+Recorder.on_log = on_log
+"""
+
+
+@pytest.mark.parametrize(
+    "choice", ["lora=none", pytest.param("lora=lora", marks=pytest.mark.slow), "lora=dora"]
+)
+def test_a_stopped_run_goes_on_bit_for_bit(server, place, tree, unequal, choice):
+    tree = tree(
+        *AWARE,
+        choice,
+        "training.max_steps=8",
+        "training.save_steps=4",
+        "training.logging_steps=1",
+        "optim.lr=5e-3",
+    )
+    whole, stopped = place(tree, "whole"), place(tree, "stopped")
+    assert server(whole).wait() == 0
+    assert server(stopped, code=STOP).wait() == 130
+    assert server(stopped).wait() == 0
+    assert unequal(whole, stopped) == []
+
+
+GROUP = 64
+LEARN = {  # 24 documents, each seen 100 times
+    "lora=none": ("optim.lr=5e-3", "training.max_steps=300"),
+    "lora=lora": ("optim.lr=2e-2", "training.max_steps=300", "lora.r=32"),
+}
+
+
+def losses(folder, rows):
+    """Mean loss in nats a token with the weights as they are, and with them in torchao's integers of 4 bits."""
+    import torch
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
+    found = []
+    for quantized in (False, True):
+        if quantized:
+            quantize_(model.model.layers, config)
+        with torch.no_grad():
+            found.append(float(sum(model(input_ids=row, labels=row).loss for row in rows) / len(rows)))
+    return found
+
+
+def documents(run):
+    """The rows that the run trained on, each (1, T)."""
+    import pyarrow as pa
+    import torch
+
+    from soup import schema
+    from soup.data.prepare import prepare
+    from soup.inputs import data_arguments
+    from soup.model import source
+
+    config = schema.check(run.tree())
+    entry = prepare(**data_arguments(config, source.folder(config.model)))["train"]
+    with pa.memory_map(str(entry.open())) as file:
+        return [torch.tensor([ids]) for ids in pa.ipc.open_stream(file).read_all()["input_ids"].to_pylist()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", LEARN)
+def test_trained_for_integers_it_loses_less_by_them(server, place, tree, choice):
+    """The same training without: rounding to 4 bits costs it more. Measured: 0.16 nats against -0.09, all weights."""
+    from soup.model.merge import merge
+
+    words = ("task=pretrain", choice, *LEARN[choice], "model.dtype=float32", "data.max_samples=24")
+    words += ("training.batch_size=8", "training.save_steps=1000", "data.max_length=96")
+    found = {}
+    for aware in (False, True):
+        run = place(tree(*words, *((*AWARE, f"model.quantization_group_size={GROUP}") if aware else ())))
+        process = server(run)
+        assert process.wait() == 0, process.stdout.read()
+        folder = run.model
+        if choice != "lora=none":
+            folder = run.folder / "merged"
+            merge(run.model, folder)
+        found[aware] = losses(folder, documents(run))
+    (plain, plain_rounded), (aware, aware_rounded) = found[False], found[True]
+    print(found)
+    assert aware_rounded - aware < plain_rounded - plain - 0.03
+    if choice == "lora=none":
+        assert aware_rounded < plain_rounded - 0.1
+
+
+def test_a_run_that_was_not_trained_for_it_is_not_quantized(place, tree, capsys):
+    from soup.cli.main import main
+
+    run = place(tree())
+    run.model.mkdir()
+    assert main(["runs", "export", "--quantized", run.id, f"run.root={run.folder.parent}"]) == 2
+    assert "was not trained to be quantized" in capsys.readouterr().err
