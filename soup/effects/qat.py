@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from soup.effects import Effect, as_it_was, same
+from soup.effects.task import mixed
 
 BITS = {"4bit": 4, "8bit": 8}
 # Distance of what a layer computes from the formula's weights, over the formula's distance from the plain ones:
@@ -112,7 +113,7 @@ def _off(built: Any, module: Any, outer: Any, bits: int) -> float:
     width = weight_OI.shape[1]
     columns = torch.arange(min(2 * size, width), device=weight_OI.device)
     shown_NI = torch.nn.functional.one_hot(columns, width).to(module.weight.dtype)
-    with built.trainer.compute_loss_context_manager():
+    with mixed(built):
         live_NO = (module if outer is None else outer)(shown_NI).float()
     if module.bias is not None:
         live_NO = live_NO - module.bias.float()
@@ -176,7 +177,7 @@ def _gradients(built: Any, found: list[tuple[str, Any, Any]]) -> tuple[int, list
     ids_1T = torch.arange(8, device=built.trainer.args.device)[None]
     reached, still = 0, []
     try:
-        with as_it_was(model), torch.enable_grad(), built.trainer.compute_loss_context_manager():
+        with as_it_was(model), torch.enable_grad(), built.trainer.accelerator.autocast():
             model.eval()
             logits = model(input_ids=ids_1T, use_cache=False).logits.float()
             logits.log_softmax(-1).amax(-1).sum().backward() if logits.shape[

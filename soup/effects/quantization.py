@@ -69,6 +69,8 @@ def _forwards(built: Any) -> tuple[float, int]:
     import torch
     from transformers.pytorch_utils import Conv1D
 
+    from soup.effects.task import mixed  # which imports from here
+
     chosen: dict[str, tuple[str, Any]] = {}
     for name, module in built.model.named_modules():
         if type(module).__name__ in QUANTIZED and isinstance(
@@ -93,7 +95,7 @@ def _forwards(built: Any) -> tuple[float, int]:
             key: vars(module)[key] for key in ("compute_type_is_set", "compute_dtype") if key in vars(module)
         }
         try:
-            with torch.no_grad(), built.trainer.compute_loss_context_manager():
+            with torch.no_grad(), mixed(built):
                 given = wave_NI.to(device=module.weight.device, dtype=built.precision.weights)
                 live_NO = module(given).float().cpu()
         finally:
