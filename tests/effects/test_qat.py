@@ -193,10 +193,10 @@ def test_unasked_for_it_is_seen(build, wrong):
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_a_quantized_layer_that_computes_something_else(build, wrong, quantization):
+    kind = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}[quantization]
     built = build(f"model.quantization={quantization}")
-    module = next(
-        m for m in built.model.modules() if type(m).__name__.startswith("Linear") and hasattr(m, "weight")
-    )
+    module = next(m for n, m in built.model.named_modules() if n.endswith("base_layer"))
+    assert type(module).__name__ == kind
     real = module.forward
     module.forward = lambda x: 1.3 * real(x)
     assert "model.quantization" in wrong(built)
