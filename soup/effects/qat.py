@@ -61,10 +61,11 @@ def _layers(model: Any) -> tuple[list[tuple[str, Any, Any]], list[str]]:
     """Fake-quantised layers, each as name, module and the adapter around it or `None`; and the plain ones' names."""
     modules = dict(model.named_modules())
     head = model.get_output_embeddings()
+    ends = (head, getattr(head, "base_layer", head))  # an adapter may lie on the head
     found, missed = [], []
     for name, module in modules.items():
         parts = name.split(".")
-        if not isinstance(module, torch.nn.Linear) or module is head or "lora_" in name or "score" in parts:
+        if not isinstance(module, torch.nn.Linear) or module in ends or "lora_" in name or "score" in parts:
             continue
         if getattr(module, "weight_fake_quantizer", None) is None:
             missed.append(name)

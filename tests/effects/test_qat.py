@@ -26,6 +26,7 @@ HONEST = {
     "frozen layer, all weights": (*AWARE, "training.freeze_layers=1", "lora=none"),
     "noise": (*AWARE, "training.neftune_alpha=5.0"),
     "GaLore": (*AWARE, "lora=none", "optim=galore", "optim.galore_rank=8"),
+    "an adapted head": (*AWARE, "task=dpo", "lora.target_modules=[q_proj,lm_head]"),
     "packed": (*AWARE, "task=pretrain", "training.packing=true"),
 }
 
