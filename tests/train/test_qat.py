@@ -197,7 +197,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(server, place, tree, unequal, choice)
 GROUP = 64
 LEARN = {  # 24 documents, each seen 100 times
     "lora=none": ("optim.lr=5e-3", "training.max_steps=300"),
-    "lora=lora": ("optim.lr=2e-2", "training.max_steps=300", "lora.r=32"),
+    "lora=lora": ("optim.lr=5e-3", "training.max_steps=300", "lora.r=32"),
 }
 
 
@@ -237,7 +237,10 @@ def documents(run):
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", LEARN)
 def test_trained_for_integers_it_loses_less_by_them(server, place, tree, choice):
-    """The same training without: rounding to 4 bits costs it more. Measured: 0.16 nats against -0.09, all weights."""
+    """Than the same training without. Rounding to 4 bits costs that 0.16 nats and this -0.09 where all weights train.
+
+    Adapters on a random base learn little: 0.05 against -0.01, and the loss itself stays the higher one with QAT.
+    """
     from soup.model.merge import merge
 
     words = ("task=pretrain", choice, *LEARN[choice], "model.dtype=float32", "data.max_samples=24")
@@ -253,7 +256,6 @@ def test_trained_for_integers_it_loses_less_by_them(server, place, tree, choice)
             merge(run.model, folder)
         found[aware] = losses(folder, documents(run))
     (plain, plain_rounded), (aware, aware_rounded) = found[False], found[True]
-    print(found)
     assert aware_rounded - aware < plain_rounded - plain - 0.03
     if choice == "lora=none":
         assert aware_rounded < plain_rounded - 0.1
