@@ -13,6 +13,7 @@ from typing import Any
 
 from soup.device import Device
 from soup.errors import Problem, Refused
+from soup.model.groups import whole_groups
 from soup.rules import is_moe
 from soup.schema import Config
 
@@ -25,8 +26,11 @@ LOGIT_CHUNK = (
     256  # learnt tokens that TRL turns into logits at once (sft_trainer._CHUNKED_LM_HEAD_CHUNK_SIZE)
 )
 LOGIT_COPIES = 6  # logits, log-softmax, their exponent and product, and two gradients, in float32
-NF4_BLOCK = 64  # weights that share a scale
 NF4_BYTES = 0.516  # a weight and its share of doubly quantized scales (arXiv:2305.14314, section 3)
+# Weights that share a scale. bitsandbytes 0.50's AVX512 kernel mistakes a block that goes on in the next row.
+NF4_BLOCK = 64
+WITHOUT_LINEAR = ("gpt2", "openai-gpt")
+SIMULATED_COPIES = 6  # of the largest layer's weight in float32, while it is rounded
 CHECKPOINTS_KEPT = 2
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -182,7 +186,7 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
     decoder = shape(model)
     _within_context(config, model, lengths)
     _projects(config, decoder)
-    _four_bits(config, decoder, device)
+    _quantizes(config, decoder, device, str(model.get("model_type")))
     training, task, spread, lora = config.training, config.task, config.distributed, config.lora
     notes: dict[str, str] = {}
     adapters = adapter_parameters(config, decoder)
@@ -303,14 +307,20 @@ def _projects(config: Config, decoder: Shape) -> None:
         raise Refused(Problem(key="optim.galore_rank", value=knobs["rank"], why=why, fix=fix))
 
 
-def _four_bits(config: Config, decoder: Shape, device: Device) -> None:
-    """Refuses 4-bit layers that bitsandbytes 0.50 reads wrongly on a CPU: its kernel begins a block at each row."""
-    model = config.model
-    if device.kind != "cpu" or model.quantization != "4bit" or model.quantization_aware:
-        return
-    odd = [f"{name} has {inputs}" for name, inputs, _, _ in decoder.linears if inputs % NF4_BLOCK]
-    if odd:
-        why = f"bitsandbytes' CPU kernel takes inputs in multiples of {NF4_BLOCK}, and this model's {odd[0]}"
+def _quantizes(config: Config, decoder: Shape, device: Device, kind: str) -> None:
+    """Refuses layers whose inputs are not whole groups of a scale each, and a model without linear layers."""
+    inputs = {name: count for name, count, _, _ in decoder.linears}
+    if config.model.quantization_aware:
+        if kind in WITHOUT_LINEAR:
+            why = f"{kind} has Conv1D layers, and torchao's fake quantization wraps linear ones"
+            fix = "model.quantization_aware=false, or another model"
+            raise Refused(Problem(key="model.quantization_aware", value="true", why=why, fix=fix))
+        whole_groups(config.model, inputs)
+    uneven = {name: count for name, count in inputs.items() if count % NF4_BLOCK}
+    if uneven and config.model.stored == "4bit" and device.kind == "cpu":
+        name, count = next(iter(uneven.items()))
+        why = f"on a CPU bitsandbytes reads rows wrongly that are no multiple of {NF4_BLOCK} long, as the {count} "
+        why += f"inputs of {name} are"
         fix = "model.quantization=8bit or none"
         raise Refused(Problem(key="model.quantization", value="4bit", why=why, fix=fix))
 
@@ -358,8 +368,7 @@ def _memory(
         2 if device.bf16 and dtype != "float32" or device.bf16 and config.model.dtype == "auto" else size
     )
     per_weight = {"none": size, "4bit": NF4_BYTES, "8bit": 1.01}
-    quantized = config.model.quantization if not config.model.quantization_aware else "none"
-    frozen = decoder.linear * per_weight[quantized] + (decoder.total - decoder.linear) * size
+    frozen = decoder.linear * per_weight[config.model.stored] + (decoder.total - decoder.linear) * size
     weights = frozen + 4 * adapters
     copies = task.reference and config.lora.r is None and not task.precompute_ref
     beside = {  # models that other tasks do not have
@@ -386,6 +395,9 @@ def _memory(
         how = "what backward needs of every layer" + (
             " above the frozen ones" if kept < decoder.layers else ""
         )
+    if config.model.quantization_aware:
+        activations += _simulated_weights(config, decoder, products)
+        how += "; each layer's rounded weight"
     if task.config == "trl:SFTConfig":
         logits = min(LOGIT_CHUNK, batch_tokens) * decoder.vocab * 4 * LOGIT_COPIES
         how_logits = f"{LOGIT_CHUNK} learnt tokens at a time"
@@ -411,6 +423,16 @@ def _memory(
     }
     note = f"batch of {training.batch_size} x {length} tokens; activations: {how}; logits: {how_logits}"
     return parts, note
+
+
+def _simulated_weights(config: Config, decoder: Shape, products: int) -> float:
+    """Rounded weights that backward needs, of one layer where it is recomputed, and the largest one's copies.
+
+    Weights that train also keep a byte each: whether the rounding let their gradient through.
+    """
+    kept = decoder.linear / (decoder.layers if config.training.gradient_checkpointing else 1)
+    largest = max(inputs * outputs for _, inputs, outputs, _ in decoder.linears)
+    return kept * (products + (config.lora.r is None)) + SIMULATED_COPIES * 4 * largest
 
 
 def _layer_floats(decoder: Shape) -> float:

@@ -78,9 +78,15 @@ class ModelSpec(Spec):
     dtype: str
     quantization: str
     quantization_aware: bool
+    quantization_group_size: int
     revision: str | None = None
     trust_remote_code: bool = False
     chat_template: str | None = None
+
+    @property
+    def stored(self) -> str:
+        """The quantization that weights are held in: none where it is only simulated."""
+        return "none" if self.quantization_aware else self.quantization
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,6 +127,19 @@ REFUSED = {
     "galore with unsloth": (("optim=galore", "lora=none", "backend=unsloth"), "backend"),
     "all weights, quantized": (("lora=none", "model.quantization=8bit"), "lora"),
     "aware of no quantization": (("model.quantization_aware=true",), "model.quantization_aware"),
+    "aware with unsloth": (
+        ("model.quantization=4bit", "model.quantization_aware=true", "backend=unsloth"),
+        "model.quantization_aware",
+    ),
+    "aware, DoRA with dropout": (
+        ("model.quantization=4bit", "model.quantization_aware=true", "lora=dora", "lora.dropout=0.1"),
+        "lora.dropout",
+    ),
+    "aware and sharded": (
+        ("model.quantization=4bit", "model.quantization_aware=true", "distributed=zero3"),
+        "model.quantization_aware",
+    ),
+    "groups of nothing": (("model.quantization_group_size=64",), "model.quantization_group_size"),
     "packed pairs": (("task=dpo", "training.packing=true"), "training.packing"),
     "experts of a dense model": (("training.moe_lora=true",), "training.moe_lora"),
     "a router of a dense model": (("training.moe_aux_loss_coeff=0.1",), "training.moe_aux_loss_coeff"),

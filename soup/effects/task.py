@@ -22,7 +22,8 @@ from torch import Tensor
 
 from soup.effects import Effect, as_it_was, losses, same
 from soup.effects.losses import Row
-from soup.effects.model import WHOLE_BYTES, tensors
+from soup.effects.model import WHOLE_BYTES
+from soup.effects.quantization import tensors
 from soup.model.load import prompt_ids
 from soup.train.forward import as_prepared
 
@@ -242,7 +243,7 @@ def _compared(built: Any, live: float, formula: Any, signature: Any) -> Iterator
 
 
 def _tolerance(built: Any) -> float:
-    coarse = built.config.model.quantization != "none" or _too_large(built)
+    coarse = built.config.model.stored != "none" or _too_large(built)
     return COARSE if coarse else TOLERANCE
 
 

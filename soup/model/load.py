@@ -21,6 +21,7 @@ from transformers import (
 
 from soup.device import Device
 from soup.errors import Problem, Refused
+from soup.model.qat import fake_quantize
 from soup.specs import LoraSpec, ModelSpec
 
 SCORE = {"score.weight"}  # the head of a reward model, drawn from the seed
@@ -76,20 +77,22 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
 def load_model(
     folder: Path, spec: ModelSpec, precise: Precision, device: Device, *, head: str = "causal"
 ) -> torch.nn.Module:
-    """The causal language model, quantized if asked, on `device`; with `head="score"` it ends in one new number.
+    """The causal language model on `device`, quantized or computing as if it were (`soup.model.qat`) if asked.
+
+    With `head="score"` it ends in one new number.
 
     Raises:
         Refused: the folder holds no such model, or not all of its weights.
     """
     quantization = None
-    if spec.quantization == "4bit":
+    if spec.stored == "4bit":
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=precise.autocast or precise.weights,
         )
-    elif spec.quantization == "8bit":
+    elif spec.stored == "8bit":
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     options: dict[str, Any] = {"device_map": {"": device.kind}} if quantization is not None else {}
     kind: Any = AutoModelForCausalLM
@@ -111,6 +114,8 @@ def load_model(
         # that has no gradient, and leave them so.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    if spec.quantization_aware:
+        fake_quantize(model, spec)
     return model
 
 

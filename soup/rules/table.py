@@ -45,7 +45,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         key="model.quantization",
-        when={"optim": "galore", "model.quantization": Not("none")},
+        when={"optim": "galore", "model.quantization": Not("none"), "model.quantization_aware": False},
         why="GaLore trains the weights themselves, and quantized weights take no gradient",
         fix="model.quantization=none, or optim=adamw lora=lora",
         source=GALORE,
@@ -115,6 +115,25 @@ RULES: tuple[Rule, ...] = (
         fix="model.quantization=4bit or none, or lora=lora",
         source="peft.utils.integrations.dequantize_module_weight",
     ),
+    Rule(
+        key="model.quantization_aware",
+        when={"model.quantization_aware": True, "model.moe": True},
+        why="experts are fused in one parameter of three dimensions, which torchao's fake quantization passes by",
+        fix="model.quantization_aware=false, or a dense model",
+    ),
+    Rule(
+        key="model.quantization_aware",
+        when={"model.quantization_aware": True, "distributed": OneOf("zero3", *FSDP.values)},
+        why="a layer simulates its weight and adapter folded together, and sharding leaves no device with both whole",
+        fix="distributed=ddp or zero2, or model.quantization_aware=false",
+    ),
+    Rule(
+        key="lora.dropout",
+        when={"model.quantization_aware": True, "lora.use_dora": True, "lora.dropout": Above(0)},
+        why="PEFT's DoRA with dropout computes with the plain base weights beside the simulated ones",
+        fix="lora.dropout=0.0, or lora=lora",
+    ),
+    _idle("model.quantization_aware", False, "model.quantization_group_size", 32),
     Rule(
         key="model.dtype",
         when={"model.dtype": "float16", "device": "cpu"},
@@ -229,7 +248,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         key="distributed",
-        when={"distributed": OneOf("zero3", *FSDP.values), "model.quantization": "8bit"},
+        when={
+            "distributed": OneOf("zero3", *FSDP.values),
+            "model.quantization": "8bit",
+            "model.quantization_aware": False,
+        },
         why="8-bit weights carry per-row statistics that sharding would separate from them",
         fix="model.quantization=4bit or none, or distributed=ddp",
     ),
@@ -389,7 +412,6 @@ RULES: tuple[Rule, ...] = (
     _pending("distributed", Not("none")),
     _pending("longctx", Not("none")),
     _pending("longctx.use_ring_attention", True),
-    _pending("model.quantization_aware", True),
     _pending("model.moe", True),
     _pending("data.streaming", True),
     _pending("training.use_liger", True),

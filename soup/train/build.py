@@ -17,6 +17,7 @@ from soup.inputs import data_arguments
 from soup.model import unsloth
 from soup.model.freeze import freeze
 from soup.model.load import Precision, adapter, load_model, load_tokenizer, precision
+from soup.model.qat import fake_quantize, fold_adapters
 from soup.schema import Config, merge_arguments
 from soup.train.curriculum import Curriculum, tokens
 from soup.train.neftune import add_noise
@@ -88,11 +89,21 @@ def build(config: Config, *, device: Device, model_folder: Path, output: Path) -
         tokenizer=tokenizer,
         trainer=trainer,
     )
+    if config.model.quantization_aware:
+        _simulate(built)
     if config.training.neftune_alpha > 0:
         add_noise(built.model, config.training.neftune_alpha)
     if config.training.loss_watchdog:
         _watch(trainer, config)
     return built
+
+
+def _simulate(built: Built) -> None:
+    """What the trainer has added to the model and beside it is quantized as the model was when it was loaded."""
+    fold_adapters(built.model)
+    copy = getattr(built.trainer, "ref_model", None)
+    if copy is not None and not any(hasattr(m, "weight_fake_quantizer") for m in copy.modules()):
+        fake_quantize(copy, built.config.model)  # GRPO loads its frozen copy itself
 
 
 def _watch(trainer: Any, config: Config) -> None:

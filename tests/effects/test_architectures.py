@@ -58,6 +58,7 @@ FAMILIES = {
     ),
 }
 ADAPTED = ("lora=lora", "lora=none", "lora=dora", "model.quantization=4bit")
+AWARE = ("model.quantization=4bit", "model.quantization_aware=true")
 EXPERTS = ("mixtral", "qwen3 moe")
 
 
@@ -91,6 +92,19 @@ def test_every_setting_is_in_force(family, build, wrong, name, adapted):
     if name in EXPERTS and adapted != "lora=none":  # all-linear has PEFT adapt the experts too
         words.append("lora.target_modules=[q_proj,v_proj]")
     assert wrong(build(*words)) == {}
+
+
+@pytest.mark.parametrize("choice", ["lora=lora", "lora=none"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in (*EXPERTS, "gpt2")])
+def test_simulated_quantization_is_in_force(family, build, wrong, name, choice):
+    assert wrong(build(f"model.base={family(name)}", *AWARE, choice)) == {}
+
+
+def test_simulated_quantization_of_no_linear_layer_is_refused(family, build):
+    from soup.errors import Refused
+
+    with pytest.raises(Refused, match="no linear layer"):
+        build(f"model.base={family('gpt2')}", *AWARE)
 
 
 @pytest.mark.parametrize("name", EXPERTS)

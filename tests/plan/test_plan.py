@@ -121,6 +121,37 @@ def test_memory_goes_where_it_should(compose):
     assert two.memory["optimizer"] * 2 == pytest.approx(whole.memory["optimizer"], abs=4)
 
 
+AWARE = ("model.quantization=4bit", "model.quantization_aware=true")
+
+
+def test_simulated_quantization_costs_the_rounded_weights(compose):
+    plain, aware = planned(compose), planned(compose, *AWARE)
+    assert aware.memory["weights"] == plain.memory["weights"]
+    kept = planned(compose, *AWARE, "training.gradient_checkpointing=true")
+    recomputed = planned(compose, "training.gradient_checkpointing=true")
+    rounded = [
+        one.memory["activations"] - two.memory["activations"]
+        for one, two in ((aware, plain), (kept, recomputed))
+    ]
+    assert rounded[0] > rounded[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "model", "key", "fix"),
+    [
+        ((*AWARE, "model.quantization_group_size=128"), {}, "model.quantization_group_size", "size=64"),
+        (AWARE, {"intermediate_size": 104}, "model.quantization_group_size", "size=8"),
+        (AWARE, {"intermediate_size": 101}, "model.quantization_group_size", "aware=false"),
+        (AWARE, {"model_type": "gpt2"}, "model.quantization_aware", "another model"),
+        (("model.quantization=4bit",), {"intermediate_size": 96}, "model.quantization", "8bit or none"),
+    ],
+)
+def test_groups_of_inputs_must_come_out_even(compose, overrides, model, key, fix):
+    with pytest.raises(Refused, match=fix) as refused:
+        planned(compose, *overrides, model=model)
+    assert refused.value.problems[0].key == key
+
+
 def test_a_frozen_reference_costs_a_copy_only_where_there_is_one(compose):
     sft, dpo = planned(compose, "lora=none"), planned(compose, "lora=none", "task=dpo")
     assert dpo.memory["reference"] == dpo.memory["weights"] == sft.memory["weights"]
@@ -191,16 +222,6 @@ def test_frozen_layers_have_no_adapters_no_gradients_and_no_state(compose):
 def test_freezing_all_or_nothing_is_refused(compose, override, why):
     with pytest.raises(Refused, match=why):
         planned(compose, override)
-
-
-def test_4_bits_are_refused_where_bitsandbytes_reads_them_wrongly(compose):
-    odd = {"intermediate_size": 96}
-    with pytest.raises(Refused, match="multiples of 64, and this model's down_proj has 96"):
-        planned(compose, "model.quantization=4bit", model=odd)
-    assert planned(compose, "model.quantization=8bit", model=odd)
-    assert planned(
-        compose, "model.quantization=4bit", model=odd, device=Device(kind="cuda", bf16=True, reason="test")
-    )
 
 
 def test_every_number_has_its_reason_and_parts_add_up(compose):

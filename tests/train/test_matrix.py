@@ -27,7 +27,9 @@ SPACE = (
     + ["optim=galore optim.galore_rank=8 optim.galore_update_proj_gap=1"],
     ["lora=lora", "lora=dora lora.target_modules=[q_proj,down_proj]", "lora=rslora lora.dropout=0.1"]
     + ["lora=loraplus lora.r=4", "lora=none"],
-    ["model.quantization=none", "model.quantization=4bit", "model.quantization=8bit"],
+    [f"model.quantization={held} model.quantization_aware=false" for held in ("none", "4bit", "8bit")]
+    + ["model.quantization=4bit model.quantization_aware=true"]
+    + ["model.quantization=8bit model.quantization_aware=true model.quantization_group_size=16"],
     ["model.dtype=auto", "model.dtype=bfloat16", "model.dtype=float32"],
     ["training.gradient_checkpointing=false", "training.gradient_checkpointing=true"],
     ["training.packing=false", "training.packing=true"],
