@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from soup import mixture
 from soup.device import Device
 from soup.errors import Problem, Refused
 from soup.model.groups import whole_groups
-from soup.rules import is_moe
+from soup.rules.moe import experts, is_moe
 from soup.schema import Config
 
 RUNTIME_BYTES = {"cpu": 750e6, "cuda": 1.5e9}  # the process with its libraries (measured); CUDA's context
@@ -74,34 +75,57 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A decoder's linear layers as (name, inputs, outputs, copies) of one layer, and what lies outside them."""
+    """A decoder's linear layers as (name, inputs, outputs, copies) of one layer, and what lies outside them.
+
+    `dense`: numbers of the layers of an MoE model that have no experts, with linear layers of their own.
+    """
 
     layers: int
     hidden: int
     heads: int  # width of all query heads
     kv: int  # width of all key heads
-    ff: int
+    ff: int  # width that one token passes
     vocab: int
     linears: tuple[tuple[str, int, int, int], ...]
     experts: int
     per_layer_other: int
     outside: int
     known: bool
+    dense: tuple[int, ...] = ()
+    dense_linears: tuple[tuple[str, int, int, int], ...] = ()
+    dense_other: int = 0
+
+    def layer(self, number: int) -> tuple[tuple[str, int, int, int], ...]:
+        """The linear layers of one layer."""
+        return self.dense_linears if number in self.dense else self.linears
 
     @property
     def linear(self) -> int:
-        return self.layers * sum(i * o * copies for _, i, o, copies in self.linears)
+        return sum(i * o * copies for number in range(self.layers) for _, i, o, copies in self.layer(number))
 
     @property
     def total(self) -> int:
-        return self.linear + self.layers * self.per_layer_other + self.outside
+        return self.bottom(self.layers) + self.outside
 
-    @property
-    def per_layer(self) -> int:
-        return self.linear // self.layers + self.per_layer_other
+    def bottom(self, layers: int) -> int:
+        """Parameters of the bottom layers."""
+        linear = sum(i * o * copies for number in range(layers) for _, i, o, copies in self.layer(number))
+        dense = sum(number < layers for number in self.dense)
+        return linear + dense * self.dense_other + (layers - dense) * self.per_layer_other
 
 
-KNOWN = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "smollm3")
+KNOWN = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v3",
+)
 
 
 def shape(model: Mapping[str, Any]) -> Shape:
@@ -116,21 +140,19 @@ def shape(model: Mapping[str, Any]) -> Shape:
     query = heads * width
     vocab = int(model.get("vocab_size") or 32000)
     ff = int(model.get("intermediate_size") or 4 * hidden)
-    experts = 1
-    if is_moe(model):
-        experts = int(model.get("num_local_experts") or model.get("num_experts") or model["n_routed_experts"])
-        ff = int(model.get("moe_intermediate_size") or ff)
     linears: list[tuple[str, int, int, int]] = [
         ("q_proj", hidden, query, 1),
         ("k_proj", hidden, kv, 1),
         ("v_proj", hidden, kv, 1),
         ("o_proj", query, hidden, 1),
-        ("gate_proj", hidden, ff, experts),
-        ("up_proj", hidden, ff, experts),
-        ("down_proj", ff, hidden, experts),
     ]
     other = 2 * hidden  # norms
-    if kind == "qwen2":
+    if model.get("kv_lora_rank"):
+        linears, norms, query = mixture.latent_attention(model, hidden, heads)
+        other, kv = other + norms, query
+    if kind == "olmoe":
+        other += query + kv  # norms of q and k
+    if kind == "qwen2" or kind == "qwen2_moe" and model.get("qkv_bias", True):
         other += query + 2 * kv  # biases of q, k and v
     if kind.startswith("qwen3"):
         other += 2 * width  # norms of q and k
@@ -138,8 +160,14 @@ def shape(model: Mapping[str, Any]) -> Shape:
         other += query + 2 * kv + hidden
     if model.get("mlp_bias"):
         other += 2 * ff + hidden
-    if experts > 1:
-        other += hidden * experts  # the router
+    dense_linears, dense_other, dense = (), 0, ()
+    if is_moe(model):
+        dense = mixture.dense_layers(model, layers)
+        dense_linears, dense_other = (*linears, *mixture.gated("mlp.", hidden, ff)), other
+        sparse, router, ff = mixture.feed_forward(model, hidden)
+        linears, other = linears + sparse, other + router
+    else:
+        linears += mixture.gated("", hidden, ff)
     tied = bool(model.get("tie_word_embeddings", kind in ("gemma", "gemma2", "gemma3_text")))
     return Shape(
         layers=layers,
@@ -149,31 +177,40 @@ def shape(model: Mapping[str, Any]) -> Shape:
         ff=ff,
         vocab=vocab,
         linears=tuple(linears),
-        experts=experts,
+        experts=experts(model),
         per_layer_other=other,
         outside=vocab * hidden * (1 if tied else 2) + hidden,
         known=kind in KNOWN,
+        dense=dense,
+        dense_linears=dense_linears,
+        dense_other=dense_other,
     )
 
 
 def adapter_parameters(config: Config, decoder: Shape) -> int:
     """Parameters of the adapters: A and B of each adapted layer above the frozen ones, and DoRA's magnitudes.
 
-    Fused experts (one parameter in transformers 5) are not linear layers, so `all-linear` passes them by.
+    An expert has an A and a B of its own beside each matrix that is fused.
     """
     spec = config.lora
     if spec.r is None:
         return 0
-    wanted = spec.target_modules
     total = 0
-    for name, inputs, outputs, _ in decoder.linears:
-        if wanted == "all-linear":
-            adapted = decoder.experts == 1 or name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))
-        else:
-            adapted = name in ((wanted,) if isinstance(wanted, str) else wanted)
-        if adapted:
-            total += spec.r * (inputs + outputs) + (outputs if spec.use_dora else 0)
-    return total * (decoder.layers - config.training.frozen(decoder.layers))
+    for number in range(config.training.frozen(decoder.layers), decoder.layers):
+        for name, inputs, outputs, copies in decoder.layer(number):
+            if _adapted(config, name):
+                total += copies * spec.r * (inputs + outputs) + (outputs if spec.use_dora else 0)
+    return total
+
+
+def _adapted(config: Config, name: str) -> bool:
+    """Whether a linear layer, or fused experts, get adapters; `all-linear` passes an MoE model's MLPs by."""
+    if name.startswith("experts."):
+        return config.training.moe_lora
+    wanted = config.lora.target_modules
+    if wanted == "all-linear":
+        return "." not in name
+    return name in ((wanted,) if isinstance(wanted, str) else wanted)
 
 
 def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: Lengths) -> Plan:
@@ -191,10 +228,12 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
     notes: dict[str, str] = {}
     adapters = adapter_parameters(config, decoder)
     frozen = _frozen_layers(config, decoder)
-    trainable = adapters if lora.r is not None else decoder.total - frozen * decoder.per_layer
+    trainable = adapters if lora.r is not None else decoder.total - decoder.bottom(frozen)
     kind = model.get("model_type")
     notes["parameters"] = (
-        f"from config.json ({kind})" if decoder.known else f"an estimate: {kind} is counted as a dense Llama"
+        f"from config.json ({kind})"
+        if decoder.known
+        else f"an estimate: {kind} is counted as a {'dense Llama' if decoder.experts == 1 else 'Mixtral'}"
     )
     notes["trainable"] = (
         f"all weights but those of {frozen} of {decoder.layers} layers"
@@ -202,6 +241,7 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
         else "all weights"
         if lora.r is None
         else f"adapters of rank {lora.r} on {config.tree['lora']['target_modules']}"
+        + (f" and {decoder.experts} experts" if training.moe_lora else "")
     )
 
     dtype, notes["dtype"] = _dtype(config, device)
@@ -383,7 +423,9 @@ def _memory(
     batch_tokens = training.batch_size * task.forwards * length / ring
     one_layer = _layer_floats(decoder) * products
     if config.lora.use_dora:  # the frozen layer's output and the adapter's, each scaled by a magnitude
-        one_layer += 2 * sum(outputs * copies for _, _, outputs, copies in decoder.linears) * products
+        one_layer += (
+            2 * sum(outputs for name, _, outputs, _ in decoder.linears if _adapted(config, name)) * products
+        )
     if training.gradient_checkpointing:
         holes = HOLES[device.kind] * decoder.layers * one_layer
         activations = batch_tokens * (decoder.layers * decoder.hidden * products + one_layer + holes)
@@ -398,6 +440,13 @@ def _memory(
     if config.model.quantization_aware:
         activations += _simulated_weights(config, decoder, products)
         how += "; each layer's rounded weight"
+    if training.moe_lora:  # PEFT computes with the sum of the experts and their adapters, a copy in each pass
+        copied = (
+            2 if training.gradient_checkpointing else 1 + kept
+        )  # and its gradient, of one layer at a time
+        one = sum(i * o * copies for name, i, o, copies in decoder.linears if name.startswith("experts."))
+        activations += copied * one * size / ALLOCATOR
+        how += ", with a copy of its experts"
     if task.config == "trl:SFTConfig":
         logits = min(LOGIT_CHUNK, batch_tokens) * decoder.vocab * 4 * LOGIT_COPIES
         how_logits = f"{LOGIT_CHUNK} learnt tokens at a time"
@@ -439,8 +488,8 @@ def _layer_floats(decoder: Shape) -> float:
     """Numbers that backward needs of one layer, for one token.
 
     Two norms keep input, normalised and scaled values (6 d); q and k before and after the rotation, v, and k and v
-    repeated for grouped queries; the attention's output; gate, up, their activation and product (4 ff). An MoE
-    token passes few experts: one is counted.
+    repeated for grouped queries; the attention's output; gate, up, their activation and product (4 ff), of the few
+    experts that a token passes in an MoE model.
     """
     attention = 2 * (decoder.heads + decoder.kv) + decoder.kv + decoder.heads
     repeated = 2 * decoder.heads if decoder.kv < decoder.heads else 0

@@ -46,6 +46,7 @@ class TaskSpec(Spec):
     `frozen_models`, `trained_models`: models of the policy's size beside it and its reference.
     `forwards`: sequences that pass the model for one row of the batch (2 for a preference pair).
     `evaluates`: whether the trainer can evaluate held-out rows.
+    `balances`: whether the trainer adds the balancing loss of an MoE model's router.
     `reference`: whether the loss needs a frozen reference policy.
     """
 
@@ -65,6 +66,7 @@ class TaskSpec(Spec):
     trained_models: int = 0
     forwards: int = 1
     evaluates: bool = True
+    balances: bool = True
     reference: bool = False
     precompute_ref: bool = False
 
@@ -209,6 +211,8 @@ class TrainingSpec(Spec):
     loss_watchdog_threshold: float
     loss_watchdog_patience: int
     loss_watchdog_action: str
+    moe_lora: bool
+    moe_aux_loss_coeff: float | None
 
     def frozen(self, layers: int) -> int:
         """Bottom layers, of `layers`, that do not train."""

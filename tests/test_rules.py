@@ -16,6 +16,8 @@ CONF = Path(__file__).parents[1] / "conf"
 FACTS = {
     "device": ("cpu", "cuda"),
     "model.moe": (False, True),
+    "model.balanced": (False, True),
+    "lora.names_experts": (True,),
     "task.whole_groups": (False,),
     "task.weighed": (False,),
 }
@@ -121,6 +123,7 @@ def test_the_default_configuration_breaks_no_rule(tree):
         assert rules.pending(found) == []
 
 
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 8}
 REFUSED = {
     "galore with an adapter": (("optim=galore",), "lora"),
     "galore, quantized": (("optim=galore", "lora=none", "model.quantization=4bit"), "model.quantization"),
@@ -143,6 +146,24 @@ REFUSED = {
     "packed pairs": (("task=dpo", "training.packing=true"), "training.packing"),
     "experts of a dense model": (("training.moe_lora=true",), "training.moe_lora"),
     "a router of a dense model": (("training.moe_aux_loss_coeff=0.1",), "training.moe_aux_loss_coeff"),
+    "a router without a balancing loss": (
+        ("training.moe_aux_loss_coeff=0.1", {"model_type": "deepseek_v3", "n_routed_experts": 8}),
+        "training.moe_aux_loss_coeff",
+    ),
+    "a reward model's router": (
+        ("task=reward", "training.moe_aux_loss_coeff=0.1", MIXTRAL),
+        "training.moe_aux_loss_coeff",
+    ),
+    "DoRA on experts": (("lora=dora", "training.moe_lora=true", MIXTRAL), "lora.use_dora"),
+    "dropout on experts": (("lora.dropout=0.1", "training.moe_lora=true", MIXTRAL), "lora.dropout"),
+    "experts by name": (("lora.target_modules=[q_proj,w1]", MIXTRAL), "lora.target_modules"),
+    "a router by name": (("lora.target_modules=gate", MIXTRAL), "lora.target_modules"),
+    "quantized experts": (("model.quantization=4bit", MIXTRAL), "model.quantization"),
+    "experts with unsloth": (("backend=unsloth", MIXTRAL), "backend"),
+    "sharded experts": (
+        ("distributed=zero3", "distributed.processes=2", "training.moe_lora=true", MIXTRAL),
+        "distributed",
+    ),
     "frozen twice": (("training.freeze_layers=1", "training.freeze_ratio=0.5"), "training.freeze_ratio"),
     "held out twice": (("data.eval=x.jsonl", "data.eval_fraction=0.1"), "data.eval_fraction"),
     "processes of one": (("distributed.processes=2",), "distributed.processes"),
@@ -164,8 +185,10 @@ REFUSED = {
 
 @pytest.mark.parametrize(("overrides", "key"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_cannot_work_is_refused(tree, overrides, key):
-    config = schema.check(tree(*overrides))
-    found = rules.facts(config, device="cpu", model_config={"model_type": "llama"})
+    *words, last = overrides
+    words, model = (words, last) if isinstance(last, dict) else (overrides, {"model_type": "llama"})
+    config = schema.check(tree(*words))
+    found = rules.facts(config, device="cpu", model_config=model)
     assert key in {problem.key for problem in rules.broken(found)}
 
 

@@ -65,6 +65,8 @@ def training(
         loss_watchdog_action=loss_watchdog_action,
         curriculum=curriculum,
         curriculum_buckets=curriculum_buckets,
+        moe_lora=moe_lora,
+        moe_aux_loss_coeff=moe_aux_loss_coeff,
         args={
             "num_train_epochs": epochs,
             "max_steps": -1 if max_steps is None else max_steps,
@@ -92,6 +94,8 @@ def training(
             "loop:neftune",
             "loop:freezing",
             "watchdog:watchdog",
+            "moe:experts",
+            "moe:balancing",
             "data:packing",
         ),
     )

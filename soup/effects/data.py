@@ -138,6 +138,7 @@ def label_mask(built: Any) -> Iterator[Effect]:
 
 def packing(built: Any) -> Iterator[Effect]:
     """Whether documents share rows and do not see one another: a token of one is changed, and the logits looked at."""
+    from soup.effects.moe import every_expert
     from soup.effects.task import undisturbed
 
     asked = built.config.training.packing
@@ -156,7 +157,7 @@ def packing(built: Any) -> Iterator[Effect]:
     first = example["seq_lengths"][0]
     changed = {**example, "input_ids": [*example["input_ids"]]}
     changed["input_ids"][0] = example["input_ids"][0] ^ 1  # another token of the vocabulary
-    with undisturbed(built):
+    with undisturbed(built), every_expert(built.model):
         logits = []
         for one in (example, changed):
             batch = built.trainer._prepare_inputs(built.trainer.data_collator([dict(one)]))

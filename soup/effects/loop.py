@@ -80,7 +80,8 @@ def seed(built: Any) -> Iterator[Effect]:
     wanted = built.config.training.seed
     how = "the seed that torch's generator started from"
     effective: Any = torch.initial_seed()
-    layer = next((m for m in built.model.modules() if getattr(m, "lora_A", None)), None)
+    adapted = (m for m in built.model.modules() if getattr(m, "lora_A", None))
+    layer = next((m for m in adapted if not hasattr(m, "parameter_name")), None)  # experts are drawn last
     if layer is not None and effective == wanted:
         again = _drawn_again(built, layer)
         how += "; the first adapter is what it gives"
@@ -100,7 +101,7 @@ def _drawn_again(built: Any, layer: Any) -> Any:
     alone.only = deepcopy(layer.base_layer)
     config = deepcopy(built.model.peft_config["default"])
     config.target_modules, config.layers_to_transform, config.exclude_modules = ["only"], None, None
-    config.rank_pattern, config.alpha_pattern = {}, {}
+    config.rank_pattern, config.alpha_pattern, config.target_parameters = {}, {}, None
     cuda = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(built.config.training.seed)
@@ -240,7 +241,9 @@ def _recomputing(built: Any) -> list[int]:
     """Forward runs of the layers, with the switches as `transformers` sets them when training begins."""
     trainer, model = built.trainer, built.model
     before = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    hooks = {m: set(m._forward_hooks) for m in model.modules()}
+    # No other module's: transformers adds the hooks that read routers at its first pass, and only then.
+    embedding = model.get_input_embeddings()
+    kept = set(embedding._forward_hooks)
     if trainer.args.gradient_checkpointing and not before:
         model.gradient_checkpointing_enable(dict(trainer.args.gradient_checkpointing_kwargs or {}))
     try:
@@ -248,9 +251,8 @@ def _recomputing(built: Any) -> list[int]:
     finally:
         if trainer.args.gradient_checkpointing and not before:
             model.gradient_checkpointing_disable()
-        for module, kept in hooks.items():  # on the embedding, for gradients of its output
-            for added in set(module._forward_hooks) - kept:
-                del module._forward_hooks[added]
+        for added in set(embedding._forward_hooks) - kept:  # for gradients of its output
+            del embedding._forward_hooks[added]
 
 
 def _forwards(built: Any) -> list[int]:
@@ -355,25 +357,6 @@ def features_off(built: Any) -> Iterator[Effect]:
     wanted = tree["use_flash_attn"]
     how = f"attention: {attention}, because {reason}"
     yield Effect("training.use_flash_attn", wanted, attention, wanted != "off" or not flash, how)
-    experts = [n for n, p in model.named_parameters() if "experts" in n and "lora_" in n]
-    yield off("moe_lora", bool(experts), "no adapter parameter on an expert")
-    own, live = _aux_loss_coeff(built)
-    key = "training.moe_aux_loss_coeff"
-    how = f"the router's coefficient in the model's own config.json is {own}"
-    yield Effect(key, tree["moe_aux_loss_coeff"], live, live == own, how)
-
-
-def _aux_loss_coeff(built: Any) -> tuple[Any, Any]:
-    """The weight of an MoE router's balancing loss in the model's config.json, and in memory; else `None`s."""
-    from transformers import AutoConfig
-
-    live = built.model.config.get_text_config()
-    if not hasattr(live, "router_aux_loss_coef"):
-        return None, None
-    own = AutoConfig.from_pretrained(
-        built.model_folder, trust_remote_code=built.config.model.trust_remote_code
-    ).get_text_config()
-    return own.router_aux_loss_coef, live.router_aux_loss_coef
 
 
 def _batches(built: Any) -> Iterator[list[int]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from soup.effects import Effect, same
+from soup.effects.moe import fused_name, stored_expert
 from soup.effects.quantization import QUANTIZED, plain, relative_error, tensors
 
 WHOLE_BYTES = 2**31  # weights on disk up to which every element is compared, not only some rows
@@ -34,9 +35,9 @@ def weights(built: Any) -> Iterator[Effect]:
             near += error < 0.2
             if error >= 0.2:  # NF4 of a normal distribution: 0.1, 8 bits: 0.01
                 different.append(name)
-        elif name in live:
-            rows = _rows(built.model_folder, live[name])
-            in_memory = live[name].detach()[rows].cpu()
+        elif (here := live.get(fused_name(name), stored_expert(name, live))) is not None:
+            rows = _rows(built.model_folder, here)
+            in_memory = here.detach()[rows].cpu()
             stored = (
                 take(rows).to(built.precision.weights).to(in_memory.dtype)
             )  # TRL makes some float32 again

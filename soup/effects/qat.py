@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -113,7 +113,8 @@ def _off(built: Any, module: Any, outer: Any, bits: int) -> float:
     width = weight_OI.shape[1]
     columns = torch.arange(min(2 * size, width), device=weight_OI.device)
     shown_NI = torch.nn.functional.one_hot(columns, width).to(module.weight.dtype)
-    with built.trainer.accelerator.autocast():
+    whole = built.precision.weights is torch.float32  # its products in 16 bits would be no integers
+    with nullcontext() if whole else built.trainer.accelerator.autocast():
         live_NO = (module if outer is None else outer)(shown_NI).float()
     if module.bias is not None:
         live_NO = live_NO - module.bias.float()

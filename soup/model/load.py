@@ -75,11 +75,19 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
 
 
 def load_model(
-    folder: Path, spec: ModelSpec, precise: Precision, device: Device, *, head: str = "causal"
+    folder: Path,
+    spec: ModelSpec,
+    precise: Precision,
+    device: Device,
+    *,
+    head: str = "causal",
+    router: float | None = None,
 ) -> torch.nn.Module:
     """The causal language model on `device`, quantized or computing as if it were (`soup.model.qat`) if asked.
 
     With `head="score"` it ends in one new number.
+
+    `router`: the coefficient of an MoE model's balancing loss, which the model reads as it is built; its own if `None`.
 
     Raises:
         Refused: the folder holds no such model, or not all of its weights.
@@ -99,6 +107,8 @@ def load_model(
     if head == "score":
         kind = AutoModelForSequenceClassification
         options["num_labels"] = 1
+    if router is not None:
+        options["router_aux_loss_coef"] = router
     with readable(spec):
         model, loaded = kind.from_pretrained(
             folder,

@@ -14,10 +14,11 @@ from soup.data.prepare import Prepared, prepare
 from soup.device import Device
 from soup.errors import Problem, Refused
 from soup.inputs import data_arguments
-from soup.model import unsloth
+from soup.model import experts, unsloth
 from soup.model.freeze import freeze
 from soup.model.load import Precision, adapter, load_model, load_tokenizer, precision
 from soup.model.qat import fake_quantize, fold_adapters
+from soup.rules.moe import is_balanced
 from soup.schema import Config, merge_arguments
 from soup.train.curriculum import Curriculum, tokens
 from soup.train.neftune import add_noise
@@ -66,7 +67,8 @@ def build(config: Config, *, device: Device, model_folder: Path, output: Path) -
         trainer = type(trainer_class.__name__, (Resumable, trainer_class), settings)(
             model=model,
             args=args_class(
-                **_own_router_loss(model, args_class) | _arguments(config, device, precise, prepared, output)
+                **_router_loss(model, args_class, config)
+                | _arguments(config, device, precise, prepared, output)
             ),
             train_dataset=_packed(_dataset(prepared["train"]), config),
             eval_dataset=_dataset(prepared["eval"]) if "eval" in prepared else None,
@@ -120,8 +122,10 @@ def _model(config: Config, folder: Path, precise: Precision, device: Device) -> 
     """The model, and the adapters that the trainer is to add: none where Unsloth has added them."""
     if config.backend.unsloth:
         return unsloth.load_model(config, folder, precise), None
-    model = load_model(folder, config.model, precise, device, head=config.task.head)
-    return model, adapter(config.lora, config.task.head, frozen=freeze(model, config.training))
+    training, head = config.training, config.task.head
+    model = load_model(folder, config.model, precise, device, head=head, router=training.moe_aux_loss_coeff)
+    adapters = adapter(config.lora, head, frozen=freeze(model, training))
+    return model, experts.place(adapters, model, training)
 
 
 @contextmanager
@@ -168,11 +172,20 @@ def _arguments(
     }
 
 
-def _own_router_loss(model: Any, args_class: Any) -> dict[str, Any]:
-    """TRL would replace the weight that an MoE model's config.json gives its balancing loss by its own, 0.001."""
-    name = "router_aux_loss_coef"
-    own = getattr(model.config.get_text_config(), name, None)
-    return {name: own} if own is not None and hasattr(args_class, name) else {}
+def _router_loss(model: Any, args_class: Any, config: Config) -> dict[str, Any]:
+    """Has the trainer add the balancing loss of an MoE model with the coefficient that the model was built with.
+
+    TRL's trainers have a coefficient of their own, 0.001, in the place of the model's; those of ORPO and SimPO read
+    the model's, and look whether it gives out what the router says. A family of whose loss nothing is known (see
+    soup.rules.moe) has none.
+    """
+    name, text = "router_aux_loss_coef", model.config.get_text_config()
+    weight = getattr(text, name, 0.0) if is_balanced(text.to_dict()) else 0.0
+    if hasattr(args_class, name):
+        return {name: weight}
+    if config.task.balances and hasattr(text, "output_router_logits"):
+        text.output_router_logits = weight != 0
+    return {}
 
 
 def _dataset(prepared: Prepared) -> Any:

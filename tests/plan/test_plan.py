@@ -23,6 +23,21 @@ COMMON = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+LATENT = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "num_key_value_heads": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+MOE_TYPES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3")
 MODELS = {
     "llama": {},
     "llama-tied": {"tie_word_embeddings": True},
@@ -31,9 +46,15 @@ MODELS = {
     "qwen2": {},
     "qwen3": {"head_dim": 32},
     "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32},
+    "qwen3_moe-dense": {"num_experts": 4, "moe_intermediate_size": 32, "mlp_only_layers": [1]},
+    "olmoe": {"num_experts": 4},
+    "deepseek_v3": LATENT | {"n_shared_experts": 2},
+    "deepseek_v3-biases": LATENT | {"q_lora_rank": None, "attention_bias": True, "first_k_dense_replace": 0},
 }
-DENSE = [name for name in MODELS if "mixtral" not in name and "moe" not in name]
+MOE = [name for name in MODELS if name.partition("-")[0] in MOE_TYPES]
+DENSE = [name for name in MODELS if name not in MOE]
 CPU = Device(kind="cpu", bf16=False, reason="test")
 LENGTHS = Lengths(
     rows=100, mean=50, p50=50, p95=60, max=64, tokens=5000, learnt=2500, sampled=False, eval_rows=0
@@ -55,7 +76,7 @@ def test_parameters_are_those_of_the_real_model(real):
 
 
 @pytest.mark.parametrize("extra", [[], ["lora=dora"], ["lora.target_modules=[q_proj,o_proj]"]])
-@pytest.mark.parametrize("real", DENSE, indirect=True)  # adapters on MoE models are refused so far
+@pytest.mark.parametrize("real", DENSE, indirect=True)
 def test_adapter_parameters_are_those_of_peft(real, extra, compose):
     model, config = real
     spec = check(compose("lora.r=5", *extra)).lora
@@ -65,6 +86,25 @@ def test_adapter_parameters_are_those_of_peft(real, extra, compose):
         wrapped = get_peft_model(model, made)
     expected = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     assert adapter_parameters(check(compose("lora.r=5", *extra)), shape(config)) == expected
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("on_experts", ["false", "true"])
+@pytest.mark.parametrize("real", MOE, indirect=True)
+def test_adapter_parameters_are_those_of_peft_on_a_mixture(real, on_experts, frozen, compose):
+    from soup.model import experts
+    from soup.model.freeze import freeze
+    from soup.model.load import adapter
+
+    model, config = real
+    words = ("lora.r=5", f"training.moe_lora={on_experts}", f"training.freeze_layers={frozen}")
+    asked = check(compose(*words))
+    made = adapter(asked.lora, frozen=freeze(model, asked.training))
+    made = experts.place(made, model, asked.training)
+    with torch.device("meta"):
+        wrapped = get_peft_model(model, made)
+    expected = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    assert adapter_parameters(asked, shape(config)) == expected
 
 
 def planned(compose, *overrides, device=CPU, lengths=LENGTHS, model=None):
