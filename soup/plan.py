@@ -13,6 +13,8 @@ from typing import Any
 
 from soup.device import Device
 from soup.errors import Problem, Refused
+from soup.rope import context as reach
+from soup.rope import scaling
 from soup.rules import is_moe
 from soup.schema import Config
 
@@ -177,14 +179,15 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
 
     Raises:
         Refused: the data do not fill a single step of a task that leaves smaller ones out, or a row is longer than
-            the model's context.
+            the model's context, or that one cannot be stretched as asked.
     """
     decoder = shape(model)
+    stretched = scaling(config, model)
     _within_context(config, model, lengths)
     _projects(config, decoder)
     _four_bits(config, decoder, device)
     training, task, spread, lora = config.training, config.task, config.distributed, config.lora
-    notes: dict[str, str] = {}
+    notes: dict[str, str] = {} if stretched is None else {"context": f"{stretched.kind}: {stretched.reason}"}
     adapters = adapter_parameters(config, decoder)
     frozen = _frozen_layers(config, decoder)
     trainable = adapters if lora.r is not None else decoder.total - frozen * decoder.per_layer
@@ -270,7 +273,7 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
 
 def _within_context(config: Config, model: Mapping[str, Any], lengths: Lengths) -> None:
     """Refuses a row that, with what is generated after it, reaches positions that the model was not made for."""
-    context = (model.get("text_config") or model).get("max_position_embeddings")
+    context = reach(model)
     longest = min(config.data.max_length, lengths.max)
     if (
         context is None

@@ -21,6 +21,8 @@ from transformers import (
 
 from soup.device import Device
 from soup.errors import Problem, Refused
+from soup.model.rope import forget, scaled_config
+from soup.rope import Scaling
 from soup.specs import LoraSpec, ModelSpec
 
 SCORE = {"score.weight"}  # the head of a reward model, drawn from the seed
@@ -74,9 +76,17 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
 
 
 def load_model(
-    folder: Path, spec: ModelSpec, precise: Precision, device: Device, *, head: str = "causal"
+    folder: Path,
+    spec: ModelSpec,
+    precise: Precision,
+    device: Device,
+    *,
+    head: str = "causal",
+    scaling: Scaling | None = None,
 ) -> torch.nn.Module:
     """The causal language model, quantized if asked, on `device`; with `head="score"` it ends in one new number.
+
+    `scaling`: of its rotary embedding.
 
     Raises:
         Refused: the folder holds no such model, or not all of its weights.
@@ -97,6 +107,9 @@ def load_model(
         kind = AutoModelForSequenceClassification
         options["num_labels"] = 1
     with readable(spec):
+        if scaling is not None:
+            labels = {"num_labels": options.pop("num_labels")} if head == "score" else {}
+            options["config"] = scaled_config(folder, spec, scaling, **labels)
         model, loaded = kind.from_pretrained(
             folder,
             dtype=precise.weights,
@@ -106,6 +119,7 @@ def load_model(
             **options,
         )
     complete(spec, loaded["missing_keys"])
+    forget(model)
     for module in model.modules():
         # At its first evaluation on a CPU with AVX512-BF16, bitsandbytes 0.50 would repack the weights for a kernel
         # that has no gradient, and leave them so.
