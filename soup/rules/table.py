@@ -263,7 +263,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         key="longctx",
         when={"longctx": Not("none"), "backend": "unsloth", "device": "cuda"},
-        why="on a GPU Unsloth builds rotary tables of its own from the length, linearly, instead of those asked for",
+        why="on a GPU Unsloth builds rotary tables of its own, and soup has not proved yet which scaling they follow",
         fix="backend=transformers, or longctx=none",
     ),
     _idle("longctx.use_ring_attention", False, "longctx.ring_size", 1),
