@@ -438,10 +438,6 @@ def _devices(
     *sizes: int,
 ) -> tuple[Spread, str]:
     """How many devices hold this run with rows of `row` tokens, where the rules let it be spread, and why so many."""
-    here = facts(config, device=device.kind, model_config=model)
-    ring = {"longctx.use_ring_attention": True, "longctx.ring_size": 2}
-    many = {"distributed": "zero3", "distributed.processes": 2}
-    allowed = {"shards": not broken(here | many), "rings": not broken(here | many | ring)}
     alone = replace(
         config,
         distributed=replace(config.distributed, processes=1, nodes=1, shards=(), offloads=()),
@@ -449,12 +445,19 @@ def _devices(
     )
     capacity = device.memory_bytes
 
-    def needed(checkpointing: bool) -> Spread:
+    def needed(checkpointing: bool, **allowed: bool) -> Spread:
         training = replace(config.training, gradient_checkpointing=checkpointing)
         whole, _ = _memory(replace(alone, training=training), decoder, device, row, dtype, *sizes)
         return spread(whole, capacity, **allowed)
 
-    found = needed(config.training.gradient_checkpointing)
+    allowed = {"shards": False, "rings": False}
+    found = needed(config.training.gradient_checkpointing, **allowed)
+    if found.devices != 1:
+        here = facts(config, device=device.kind, model_config=model)
+        many = {"distributed": "zero3", "distributed.processes": 2}
+        ring = {"longctx.use_ring_attention": True, "longctx.ring_size": 2}
+        allowed = {"shards": not broken(here | many), "rings": not broken(here | many | ring)}
+        found = needed(config.training.gradient_checkpointing, **allowed)
     each = f"{capacity / 1e9:.0f} GB each ({device.memory_reason})"
     tokens = f"a batch of {config.training.batch_size} x {row + config.task.generates} tokens"
     if found.devices == 0:
@@ -469,7 +472,7 @@ def _devices(
         if found.ring > 1:
             note += f" longctx.use_ring_attention=true longctx.ring_size={found.ring}"
     if found.devices != 1 and not config.training.gradient_checkpointing:
-        less = needed(True).devices
+        less = needed(True, **allowed).devices
         if less and (less < found.devices or not found.devices):
             note += f"; {less} with training.gradient_checkpointing=true"
     return found, note

@@ -16,35 +16,13 @@ KEY = "longctx.rope_scaling_type"
 LAYERED = "full_attention"  # of layers that differ, those that look back without bound: the ones to scale
 # Architectures whose scaling tests/model/test_rope.py proves on a real small model. Others are refused: transformers
 # has a rotary embedding of its own for each, and some of them read no scaling.
+# fmt: off
 ROTARY = (
-    *(
-        "apertus",
-        "arcee",
-        "cohere",
-        "cohere2",
-        "ernie4_5",
-        "exaone4",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "glm",
-        "glm4",
-    ),
-    *(
-        "gpt_neox",
-        "granite",
-        "granitemoe",
-        "helium",
-        "llama",
-        "ministral",
-        "mistral",
-        "mixtral",
-        "nemotron",
-        "olmo",
-    ),
-    *("olmo2", "olmo3", "persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss"),
-    *("smollm3", "stablelm", "starcoder2"),
+    "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt_neox",
+    "granite", "helium", "llama", "ministral", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "persimmon",
+    "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
 )
+# fmt: on
 BY_LAYER = ("gemma3_text", "olmo3")
 AGAIN = {  # kinds that say in config.json what they started from, with the parameters that a new factor leaves right
     "yarn": {"beta_fast", "beta_slow"},
@@ -98,7 +76,7 @@ def scaling(config: Config, model: Mapping[str, Any]) -> Scaling | None:
     if config.task.generates:
         words += f" and {config.task.generates} generated tokens"
     if factor is None:
-        reaches = context(model) or own
+        reaches = max(context(model) or own, own)
         if needed <= reaches:
             raise Refused(
                 Problem(

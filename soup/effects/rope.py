@@ -91,8 +91,9 @@ def _scaled(built: Any, to: Scaling) -> Iterator[Effect]:
             if prefix:
                 parameters = parameters[prefix.removesuffix("_")]
             layers = prefix in ("", f"{LAYERED}_")
-            if off := _off(module, prefix, parameters["rope_theta"], to if layers else None, lengths):
-                wrong.append(f"{where}{name}.{prefix}{FREQUENCIES} at {off} tokens")
+            off = _off(module, prefix, parameters["rope_theta"], to if layers else None, lengths)
+            if off is not None:
+                wrong.append(f"{where}{name}.{prefix}{FREQUENCIES} {off}")
     config = built.model.config.get_text_config()
     live = current({"rope_parameters": getattr(config, "rope_parameters", None) or {}})
     positions = config.max_position_embeddings
@@ -155,13 +156,13 @@ def rotary(model: Any) -> list[tuple[str, Any, str]]:
     return [
         (name, module, key.removesuffix(FREQUENCIES))
         for name, module in model.named_modules()
-        for key, _ in module.named_buffers(recurse=False)
+        for key, _ in module.named_buffers(recurse=False, remove_duplicate=False)
         if key.endswith(FREQUENCIES) and not key.endswith(f"original_{FREQUENCIES}")
     ]
 
 
-def _off(module: Any, prefix: str, theta: float, to: Scaling | None, lengths: Sequence[int]) -> int | None:
-    """The first length at which a rotary module does something else than the formula; `to=None`: than no scaling.
+def _off(module: Any, prefix: str, theta: float, to: Scaling | None, lengths: Sequence[int]) -> str | None:
+    """Where first a rotary module does something else than the formula; `to=None`: than no scaling.
 
     A copy of the live module is called, as a batch of that length calls it: dynamic scaling changes it.
     """
@@ -186,9 +187,9 @@ def _off(module: Any, prefix: str, theta: float, to: Scaling | None, lengths: Se
             for live_TD, right_TF in ((cos_TD, angle_TF.cos()), (sin_TD, angle_TF.sin())):
                 halves = torch.cat((right_TF, right_TF), 1), right_TF.repeat_interleave(2, 1)
                 if not any(_close(live_TD, attention * right_TD, atol=1e-4) for right_TD in halves):
-                    return tokens
+                    return f"at {tokens} tokens"
         if not _close(getattr(twin, key).double().cpu(), wanted_F, rtol=1e-5):
-            return tokens or 0
+            return f"at {tokens} tokens" if tokens is not None else "as it stands"
     return None
 
 

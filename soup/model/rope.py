@@ -69,7 +69,7 @@ def forget(model: Module) -> None:
 
 
 def _as_built(rotary: Any, _inputs: Any) -> None:
-    for name, buffer in list(rotary.named_buffers(recurse=False)):
+    for name, buffer in list(rotary.named_buffers(recurse=False, remove_duplicate=False)):
         if name.endswith(INITIAL):
             prefix = name.removesuffix(INITIAL)
             rotary.register_buffer(f"{prefix}inv_freq", buffer.clone(), persistent=False)

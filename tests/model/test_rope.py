@@ -146,6 +146,12 @@ REFUSED = {
         rope.KEY,
         "second long",
     ),
+    "told to reach less than it was made for": (
+        ("longctx=yarn", "data.max_length=1024"),
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048}},
+        "longctx.rope_factor",
+        "fits in the 2048",
+    ),
     "no factors": (
         ("longctx=longrope", "data.max_length=1024"),
         {},

@@ -162,7 +162,7 @@ MILLION = ("longctx=yarn", "data.max_length=1048576", "training.batch_size=1")
     ("words", "devices", "ring", "said"),
     [
         ((*MILLION, "training.gradient_checkpointing=true"), 8, 8, "longctx.ring_size=8"),
-        (MILLION, 64, 64, "; 8 with training.gradient_checkpointing=true"),
+        (MILLION, 128, 128, "; 8 with training.gradient_checkpointing=true"),
         (("lora=none", "training.batch_size=1"), 2, 1, "distributed=zero3 distributed.processes=2"),
         ((*MILLION, "task=dpo"), 0, 1, "this task's rows are not spread"),
         (("training.batch_size=1",), 1, 1, "one of 80 GB"),
