@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 YARN = ("longctx=yarn", "longctx.rope_factor=4.0")
@@ -182,25 +180,3 @@ def test_proving_leaves_no_state_and_no_hook_moves(build, wrong, kind):
     for (buffers, values, hooks), (later, others, held) in zip(before, looked(), strict=True):
         assert buffers.keys() == later.keys() and all(torch.equal(buffers[k], later[k]) for k in buffers)
         assert (values, hooks) == (others, held)
-
-
-@kinds
-def test_losses_of_long_rows_are_of_the_scaled_model(build, kind):
-    """Two steps on rows longer than the model's own context; without scaling the losses are others."""
-    losses = {}
-    for words in (asked(kind), ("longctx=linear", "longctx.rope_factor=8.0")):
-        built = build(
-            "task=pretrain",
-            "training.packing=true",
-            "data.max_length=1024",
-            "training.batch_size=1",
-            "training.max_steps=2",
-            "training.logging_steps=1",
-            *words,
-        )
-        lengths = [len(row["input_ids"]) for row in built.trainer.train_dataset]
-        assert max(lengths) == 1024
-        built.trainer.metrics_file = Path(built.trainer.args.output_dir, "metrics.jsonl")
-        built.trainer.train()
-        losses[words] = [line["loss"] for line in built.trainer.state.log_history if "loss" in line]
-    assert len({tuple(one) for one in losses.values()}) == 2, losses
