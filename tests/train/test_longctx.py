@@ -1,4 +1,4 @@
-"""Runs on rows longer than the model's own context: they learn, resume bit for bit, and leave a model that is scaled."""
+"""Runs on rows beyond the model's own context: they learn, resume bit for bit, and leave a model that is scaled."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(server, place, tree, unequal, stretch
 
 @pytest.mark.parametrize("lora", ["lora", "none"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_saved_is_scaled(build, place, tree, stretched, short, tmp_path, kind, lora):
+def test_what_is_saved_is_scaled(build, place, tree, stretched, tmp_path, kind, lora):
     """Learns in three steps, and the folder gives with plain transformers or PEFT what the trained model gives."""
     import torch
     from peft import AutoPeftModelForCausalLM
