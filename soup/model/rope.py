@@ -13,6 +13,7 @@ from soup.rope import KEY, LAYERED, Scaling, current
 from soup.specs import ModelSpec
 
 INITIAL = "original_inv_freq"
+FOLLOW = ("dynamic", "longrope")
 
 
 def scaled_config(folder: Path, spec: ModelSpec, scaling: Scaling, **options: Any) -> Any:
@@ -57,20 +58,21 @@ def differing(text: Any) -> dict[str, Any]:
 
 
 def forget(model: Module) -> None:
-    """Lets dynamic scaling follow each batch's own length, as the paper has it.
+    """Lets the kinds of scaling that follow the length follow each batch's own, as the papers have it.
 
     transformers keeps the frequencies of the longest batch so far until one within the model's own length comes; then
     a batch's loss would depend on those before it, and a resumed run on batches that it has not seen.
     """
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
-        if "dynamic" in (kinds.values() if isinstance(kinds, dict) else (kinds,)):
-            module.register_forward_pre_hook(_as_built)
+        if set(FOLLOW).intersection(kinds.values() if isinstance(kinds, dict) else (kinds,)):
+            module.register_forward_hook(_as_built)
 
 
-def _as_built(rotary: Any, _inputs: Any) -> None:
+def _as_built(rotary: Any, _inputs: Any, _output: Any) -> None:
     for name, buffer in list(rotary.named_buffers(recurse=False, remove_duplicate=False)):
         if name.endswith(INITIAL):
             prefix = name.removesuffix(INITIAL)
             rotary.register_buffer(f"{prefix}inv_freq", buffer.clone(), persistent=False)
-            setattr(rotary, f"{prefix}max_seq_len_cached", rotary.original_max_seq_len)
+            if hasattr(rotary, f"{prefix}max_seq_len_cached"):
+                setattr(rotary, f"{prefix}max_seq_len_cached", rotary.original_max_seq_len)

@@ -169,7 +169,7 @@ def test_proving_leaves_no_state_and_no_hook_moves(build, wrong, kind):
             (
                 {k: v.clone() for k, v in m.named_buffers(remove_duplicate=False)},
                 {k: v for k, v in vars(m).items() if isinstance(v, int | float | str)},
-                len(m._forward_pre_hooks),
+                len(m._forward_hooks),
             )
             for m in modules
         ]
