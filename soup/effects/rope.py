@@ -169,7 +169,10 @@ def _off(module: Any, prefix: str, theta: float, to: Scaling | None, lengths: Se
     import torch
 
     twin = deepcopy(module)
-    key, device = f"{prefix}{FREQUENCIES}", getattr(module, f"{prefix}{FREQUENCIES}").device
+    used: list[Any] = []
+    key = f"{prefix}{FREQUENCIES}"
+    twin.register_forward_hook(lambda rotary, *_: used.append(getattr(rotary, key)), prepend=True)
+    device = getattr(module, key).device
     pairs = len(getattr(module, key))
     plain = [theta ** (-i / pairs) for i in range(pairs)]
     layer = {"layer_type": prefix.removesuffix("_")} if prefix else {}
@@ -188,7 +191,7 @@ def _off(module: Any, prefix: str, theta: float, to: Scaling | None, lengths: Se
                 halves = torch.cat((right_TF, right_TF), 1), right_TF.repeat_interleave(2, 1)
                 if not any(_close(live_TD, attention * right_TD, atol=1e-4) for right_TD in halves):
                     return f"at {tokens} tokens"
-        if not _close(getattr(twin, key).double().cpu(), wanted_F, rtol=1e-5):
+        if not _close((used or [getattr(twin, key)])[-1].double().cpu(), wanted_F, rtol=1e-5):
             return f"at {tokens} tokens" if tokens is not None else "as it stands"
     return None
 
