@@ -39,6 +39,18 @@ def short(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture
+def wrong():
+    """The effects that are not in force, by key."""
+
+    def mismatches(built):
+        from soup import effects
+
+        return {effect.key: effect for effect in effects.prove(built) if not effect.ok}
+
+    return mismatches
+
+
+@pytest.fixture
 def stretched(short):
     """Overrides that stretch it."""
 
@@ -89,7 +101,12 @@ def test_what_is_saved_is_scaled(build, place, tree, stretched, tmp_path, kind, 
     from soup.train.finish import save_model
 
     words = stretched(
-        kind, f"lora={lora}", "training.max_steps=3", "optim.lr=1e-2", "training.logging_steps=1"
+        kind,
+        f"lora={lora}",
+        "model.dtype=float32",
+        "training.max_steps=3",
+        "optim.lr=1e-2",
+        "training.logging_steps=1",
     )
     built = build(*words)
     built.trainer.metrics_file = tmp_path / "metrics.jsonl"
@@ -166,7 +183,9 @@ def test_a_reward_adapter_scores_with_the_scaling_that_it_learnt_with(
     from soup.train.extra import _scorer
     from soup.train.finish import save_model
 
-    words = stretched("dynamic", "task=reward", "training.max_steps=2", "optim.lr=1e-2")
+    words = stretched(
+        "dynamic", "task=reward", "model.dtype=float32", "training.max_steps=2", "optim.lr=1e-2"
+    )
     built = build(*words)
     built.trainer.metrics_file = tmp_path / "metrics.jsonl"
     built.trainer.train()
