@@ -18,7 +18,6 @@ from soup.specs import TaskSpec
 
 if TYPE_CHECKING:
     from soup.model.load import Precision
-    from soup.rope import Scaling
 
 PATCHED = ("transformers", "trl", "peft")
 
@@ -59,7 +58,7 @@ def take_over(device: Device) -> None:
         ) from error
 
 
-def load_model(config: Config, folder: Path, precise: Precision, scaling: Scaling | None) -> Any:
+def load_model(config: Config, folder: Path, precise: Precision) -> Any:
     """The model as Unsloth loads it, quantized if asked, with its adapters.
 
     Raises:
@@ -69,16 +68,10 @@ def load_model(config: Config, folder: Path, precise: Precision, scaling: Scalin
 
     from soup.model.freeze import freeze
     from soup.model.load import adapter, complete, readable
-    from soup.model.rope import forget, scaled_config
 
     head, training = config.task.head, config.training
     checkpointing = training.gradient_checkpointing
-    labels = {"num_labels": 1} if head == "score" else {}
-    given = {}
-    if scaling is not None:
-        with readable(config.model):
-            given["config"] = scaled_config(folder, config.model, scaling, **labels)
-    with readable(config.model), _loading(given) as loaded:
+    with readable(config.model), _loading() as loaded:
         model, _ = FastLanguageModel.from_pretrained(
             str(folder),
             max_seq_length=config.data.max_length,
@@ -90,10 +83,9 @@ def load_model(config: Config, folder: Path, precise: Precision, scaling: Scalin
             random_state=training.seed,
             trust_remote_code=config.model.trust_remote_code,
             use_exact_model_name=True,
-            **labels,
+            **({"num_labels": 1} if head == "score" else {}),
         )
     complete(config.model, loaded["missing_keys"])
-    forget(model)
     lora = adapter(config.lora, head, frozen=freeze(model, training))
     if lora is None:
         return model
@@ -121,18 +113,15 @@ def arguments(task: TaskSpec) -> dict[str, Any]:
 
 
 @contextmanager
-def _loading(given: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What transformers reports of a load; Unsloth asks for the model alone, and drops it.
-
-    `given`: further arguments of the load, which Unsloth would not hand on.
-    """
+def _loading() -> Iterator[dict[str, Any]]:
+    """What transformers reports of a load; Unsloth asks for the model alone, and drops it."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     report: dict[str, Any] = {"missing_keys": []}
 
     def reporting(load: Any) -> Any:
         def from_pretrained(*args: Any, **kwargs: Any) -> Any:
-            model, found = load(*args, **kwargs | given | {"output_loading_info": True})
+            model, found = load(*args, **kwargs | {"output_loading_info": True})
             report.update(found)
             return model
 

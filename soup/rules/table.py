@@ -262,8 +262,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         key="longctx",
-        when={"longctx": Not("none"), "backend": "unsloth", "device": "cuda"},
-        why="on a GPU Unsloth builds rotary tables of its own, and soup has not proved yet which scaling they follow",
+        when={"longctx": Not("none"), "backend": "unsloth"},
+        why="Unsloth loads the model itself, and soup has not proved yet which scaling its rotary embeddings then follow",
         fix="backend=transformers, or longctx=none",
     ),
     _idle("longctx.use_ring_attention", False, "longctx.ring_size", 1),

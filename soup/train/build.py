@@ -119,7 +119,7 @@ def _model(
 ) -> tuple[Any, Any]:
     """The model, and the adapters that the trainer is to add: none where Unsloth has added them."""
     if config.backend.unsloth:
-        return unsloth.load_model(config, folder, precise, stretched), None
+        return unsloth.load_model(config, folder, precise), None
     model = load_model(folder, config.model, precise, device, head=config.task.head, scaling=stretched)
     return model, adapter(config.lora, config.task.head, frozen=freeze(model, config.training))
 

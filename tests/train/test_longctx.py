@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -197,41 +194,6 @@ def test_a_reward_adapter_scores_with_the_scaling_that_it_learnt_with(
     (run.model / "base_config.json").unlink()
     plain = _scorer("task.reward_model", str(run.model), 600, torch.float32, False)
     assert not torch.allclose(logits(plain), logits(trained), atol=1e-4)
-
-
-UNSLOTH = """
-import json, os, sys
-from soup.device import resolve
-from soup.model import unsloth
-unsloth.take_over(resolve("cpu"))
-import soup.train.job, soup.train.__main__ as training
-for folder in sys.argv[1:]:
-    if (pid := os.fork()) == 0:
-        os._exit(training.main([folder]))
-    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
-        sys.exit(1)
-"""
-
-
-@pytest.mark.slow
-def test_unsloth_on_a_cpu_scales_too(place, tree, stretched, server):
-    words = ("training.max_steps=3", "training.logging_steps=1")
-    runs = {
-        kind: place(tree(*stretched(kind, "backend=unsloth", *words)), f"unsloth-{kind}") for kind in KINDS
-    }
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    folders = [str(run.folder) for run in runs.values()]
-    done = subprocess.run(
-        [sys.executable, "-c", UNSLOTH, *folders], env=os.environ | threads, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    for kind, run in runs.items():
-        proved = json.loads(run.effective.read_text())
-        assert proved["longctx.rope_scaling_type"]["effective"] == kind
-        twin = place(tree(*stretched(kind, *words)), f"twin-{kind}")
-        assert server(twin).wait() == 0
-        ours, theirs = ([line["loss"] for line in one.lines() if "loss" in line] for one in (run, twin))
-        assert ours == pytest.approx(theirs, rel=0.01)
 
 
 def test_scaling_changes_what_is_learnt_from_long_rows(build, stretched):
