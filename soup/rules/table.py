@@ -263,7 +263,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         key="longctx",
         when={"longctx": Not("none"), "backend": "unsloth"},
-        why="Unsloth loads the model itself, and soup has not proved yet which scaling its rotary embeddings then follow",
+        why="Unsloth loads the model itself, and soup has not proved yet which scaling is in force then",
         fix="backend=transformers, or longctx=none",
     ),
     _idle("longctx.use_ring_attention", False, "longctx.ring_size", 1),
