@@ -111,7 +111,7 @@ def test_what_is_saved_is_scaled(build, place, tree, stretched, tmp_path, kind, 
     run = place(tree(*words))
     save_model(run, built, {"step": 3})
     trained = logits(built.model)
-    short_rows = logits(built.model, OWN)
+    short_rows = logits(built.model, OWN - 1)  # transformers goes back below the own length only
     card = (run.model / "README.md").read_text()
     assert f"{kind} rotary scaling by 4, from {OWN} to {LONG} tokens" in card
     assert AutoTokenizer.from_pretrained(run.model).model_max_length >= LONG
@@ -128,7 +128,7 @@ def test_what_is_saved_is_scaled(build, place, tree, stretched, tmp_path, kind, 
         assert torch.allclose(logits(merged), trained, atol=1e-4)
         assert merged.config.rope_parameters["rope_type"] == kind
     assert torch.equal(logits(saved), trained)
-    assert torch.equal(logits(saved, OWN), short_rows)
+    assert torch.equal(logits(saved, OWN - 1), short_rows)
     text = saved.config.get_text_config()
     assert text.rope_parameters["rope_type"] == kind and text.rope_parameters["factor"] == 4.0
     assert text.max_position_embeddings == (OWN if kind == "dynamic" else LONG)
@@ -150,6 +150,7 @@ def scorer(short, tmp_path_factory):
 
 @pytest.mark.parametrize("lora", ["lora", "none"])
 def test_ppo_stretches_the_policy_and_its_reference(build, wrong, stretched, scorer, monkeypatch, lora):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     words = ("task=ppo", f"task.reward_model={scorer}", "task.response_length=8", f"lora={lora}")
     built = build(*stretched("yarn", *words))
     assert wrong(built) == {}
