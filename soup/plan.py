@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from soup import mixture
 from soup.device import Device
 from soup.errors import Problem, Refused
 from soup.model.groups import whole_groups
+from soup.rope import context as reach
+from soup.rope import scaling
+from soup.rules import broken, facts
 from soup.rules.moe import experts, is_moe
 from soup.schema import Config
+from soup.spread import Spread, spread
 
 RUNTIME_BYTES = {"cpu": 750e6, "cuda": 1.5e9}  # the process with its libraries (measured); CUDA's context
 ALLOCATOR = 1.1  # freed blocks that malloc keeps: measured activations over the tensors counted below
@@ -53,7 +57,10 @@ class Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Predictions for one device. `memory` adds up to `peak_memory_bytes`; `notes` gives each number's reason."""
+    """Predictions for one device. `memory` adds up to `peak_memory_bytes`; `notes` gives each number's reason.
+
+    `devices`: how many devices such a run takes, 0 where no number is enough; `ring` of them share each row.
+    """
 
     parameters: int
     trainable: int
@@ -66,6 +73,8 @@ class Plan:
     peak_memory_bytes: int
     host_memory_bytes: int
     disk_bytes: int
+    devices: int
+    ring: int
     sampled: bool
     notes: dict[str, str] = field(default_factory=dict)
 
@@ -218,14 +227,15 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
 
     Raises:
         Refused: the data do not fill a single step of a task that leaves smaller ones out, or a row is longer than
-            the model's context.
+            the model's context, or that one cannot be stretched as asked.
     """
     decoder = shape(model)
+    stretched = scaling(config, model)
     _within_context(config, model, lengths)
     _projects(config, decoder)
     _quantizes(config, decoder, device, str(model.get("model_type")))
-    training, task, spread, lora = config.training, config.task, config.distributed, config.lora
-    notes: dict[str, str] = {}
+    training, task, lora = config.training, config.task, config.lora
+    notes: dict[str, str] = {} if stretched is None else {"context": f"{stretched.kind}: {stretched.reason}"}
     adapters = adapter_parameters(config, decoder)
     frozen = _frozen_layers(config, decoder)
     trainable = adapters if lora.r is not None else decoder.total - decoder.bottom(frozen)
@@ -245,7 +255,9 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
     )
 
     dtype, notes["dtype"] = _dtype(config, device)
-    replicas = max(1, spread.world // (config.longctx.ring_size if config.longctx.use_ring_attention else 1))
+    replicas = max(
+        1, config.distributed.world // (config.longctx.ring_size if config.longctx.use_ring_attention else 1)
+    )
     rows_per_step = training.batch_size * training.gradient_accumulation_steps * replicas
     notes["rows_per_step"] = (
         f"{training.batch_size} per device x {training.gradient_accumulation_steps} accumulation"
@@ -285,11 +297,13 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
 
     parts, notes["memory"] = _memory(config, decoder, device, longest, dtype, trainable, adapters)
     host = 0.0
-    for name in spread.offloads:
+    for name in config.distributed.offloads:
         host += parts[name] if device.kind == "cuda" else 0
         if device.kind == "cuda":
             parts[name] = 0
     memory = {name: round(size) for name, size in parts.items()}
+    row = longest if stretched is None else max(longest, config.data.max_length)
+    needs, notes["devices"] = _devices(config, model, decoder, device, row, dtype, trainable, adapters)
     saved = 4 * adapters if lora.r is not None else BYTES[dtype] * decoder.total
     beside = task.trained_models * decoder.total  # PPO's value model, in float32
     state = config.optim.state_bytes * (trainable + beside)
@@ -307,6 +321,8 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
         peak_memory_bytes=sum(memory.values()),
         host_memory_bytes=round(host),
         disk_bytes=round(disk),
+        devices=needs.devices,
+        ring=needs.ring,
         sampled=lengths.sampled,
         notes=notes,
     )
@@ -314,7 +330,7 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
 
 def _within_context(config: Config, model: Mapping[str, Any], lengths: Lengths) -> None:
     """Refuses a row that, with what is generated after it, reaches positions that the model was not made for."""
-    context = (model.get("text_config") or model).get("max_position_embeddings")
+    context = reach(model)
     longest = min(config.data.max_length, lengths.max)
     if (
         context is None
@@ -482,6 +498,56 @@ def _simulated_weights(config: Config, decoder: Shape, products: int) -> float:
     kept = decoder.linear / (decoder.layers if config.training.gradient_checkpointing else 1)
     largest = max(inputs * outputs for _, inputs, outputs, _ in decoder.linears)
     return kept * (products + (config.lora.r is None)) + SIMULATED_COPIES * 4 * largest
+
+
+def _devices(
+    config: Config,
+    model: Mapping[str, Any],
+    decoder: Shape,
+    device: Device,
+    row: int,
+    dtype: str,
+    *sizes: int,
+) -> tuple[Spread, str]:
+    """How many devices hold this run with rows of `row` tokens, where the rules let it be spread, and why so many."""
+    alone = replace(
+        config,
+        distributed=replace(config.distributed, processes=1, nodes=1, shards=(), offloads=()),
+        longctx=replace(config.longctx, use_ring_attention=False, ring_size=1),
+    )
+    capacity = device.memory_bytes
+
+    def needed(checkpointing: bool, **allowed: bool) -> Spread:
+        training = replace(config.training, gradient_checkpointing=checkpointing)
+        whole, _ = _memory(replace(alone, training=training), decoder, device, row, dtype, *sizes)
+        return spread(whole, capacity, **allowed)
+
+    allowed = {"shards": False, "rings": False}
+    found = needed(config.training.gradient_checkpointing, **allowed)
+    if found.devices != 1:
+        here = facts(config, device=device.kind, model_config=model)
+        many = {"distributed": "zero3", "distributed.processes": 2}
+        ring = {"longctx.use_ring_attention": True, "longctx.ring_size": 2}
+        allowed = {"shards": not broken(here | many), "rings": not broken(here | many | ring)}
+        found = needed(config.training.gradient_checkpointing, **allowed)
+    each = f"{capacity / 1e9:.0f} GB each ({device.memory_reason})"
+    tokens = f"a batch of {config.training.batch_size} x {row + config.task.generates} tokens"
+    if found.devices == 0:
+        note = f"no number of devices of {each} holds {tokens}"
+        if not allowed["rings"]:
+            note += ": this task's rows are not spread over devices"
+    elif found.devices == 1:
+        note = f"one of {each} holds {tokens}"
+    else:
+        note = f"of {each} hold {tokens}: {found.bytes / 1e9:.0f} GB on each"
+        note += f", with distributed=zero3 distributed.processes={found.devices}" if found.sharded else ""
+        if found.ring > 1:
+            note += f" longctx.use_ring_attention=true longctx.ring_size={found.ring}"
+    if found.devices != 1 and not config.training.gradient_checkpointing:
+        less = needed(True, **allowed).devices
+        if less and (less < found.devices or not found.devices):
+            note += f"; {less} with training.gradient_checkpointing=true"
+    return found, note
 
 
 def _layer_floats(decoder: Shape) -> float:

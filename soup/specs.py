@@ -159,12 +159,13 @@ class DistributedSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class LongctxSpec(Spec):
-    """Longer contexts than the model was trained for."""
+    """Longer contexts than the model was trained for. `parameters`: those of the kind of scaling, beside its factor."""
 
     rope_scaling_type: str
     rope_factor: float | None
     use_ring_attention: bool
     ring_size: int
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from soup.errors import NotAvailableYet, Problem, Refused
 from soup.model import source
 from soup.model.names import untargeted
 from soup.plan import Lengths, Plan, plan
+from soup.rope import scorers_fit
 from soup.schema import Config, check, merge_arguments
 
 
@@ -89,6 +90,8 @@ def _checked(point: Point, *, train: bool) -> Checked:
     if not model.notes and (problem := untargeted(config, model.folder, model.config)):
         raise Refused(problem)
     reports = _reports(config, model.folder, train)
+    if config.longctx.rope_scaling_type != "none":
+        scorers_fit(config)
     planned = plan(config, model=model.config, device=device, lengths=_lengths(reports))
     return Checked(
         point=point,

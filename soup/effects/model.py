@@ -1,11 +1,11 @@
-"""The model that was loaded: its weights, precision, tokenizer and rotary embedding."""
+"""The model that was loaded: its weights, precision and tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from soup.effects import Effect, same
+from soup.effects import Effect
 from soup.effects.moe import fused_name, stored_expert
 from soup.effects.quantization import QUANTIZED, plain, relative_error, tensors
 
@@ -95,40 +95,6 @@ def tokenizer(built: Any) -> Iterator[Effect]:
         effective = asked
     how = f"the tokenizer's template of {len(carried or '')} characters"
     yield Effect("model.chat_template", asked, effective, carried == wanted, how)
-
-
-def rope(built: Any) -> Iterator[Effect]:
-    """Inverse frequencies in memory, against those that config.json on disk gives (arXiv:2104.09864)."""
-    import torch
-    from transformers import AutoConfig
-
-    tree = built.config.tree["longctx"]
-    config = built.model.config.get_text_config()
-    own = AutoConfig.from_pretrained(
-        built.model_folder, trust_remote_code=built.config.model.trust_remote_code
-    ).get_text_config()
-    kind = (getattr(own, "rope_parameters", None) or {}).get("rope_type", "default")
-    compared, different = 0, []
-    for name, module in built.model.named_modules():
-        live = {key: value for key, value in module.named_buffers(recurse=False) if key.endswith("inv_freq")}
-        if live:
-            fresh = dict(type(module)(own).named_buffers(recurse=False))
-            compared += len(live)
-            for key, value in live.items():
-                wanted, value = fresh[key].float(), value.float().cpu()
-                right = wanted.shape == value.shape and torch.allclose(wanted, value, rtol=1e-5)
-                different += [] if right else [f"{name}.{key}"]
-    ok = not different
-    how = f"{compared} buffers inv_freq are those of config.json, rotary type {kind}"
-    if not ok:
-        how = f"{', '.join(different)} differs from what config.json gives, rotary type {kind}"
-    name = "longctx.rope_scaling_type"
-    yield Effect(name, tree["rope_scaling_type"], "none" if ok else "other frequencies", ok, how)
-    yield Effect("longctx.rope_factor", tree["rope_factor"], None if ok else "unknown", ok, how)
-    attention = str(getattr(config, "_attn_implementation", None))
-    ring = "ring" in attention
-    yield same("longctx.use_ring_attention", tree["use_ring_attention"], ring, f"attention: {attention}")
-    yield same("longctx.ring_size", tree["ring_size"], 1 if not ring else None, f"attention: {attention}")
 
 
 def kernels(built: Any) -> Iterator[Effect]:

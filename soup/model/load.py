@@ -22,6 +22,8 @@ from transformers import (
 from soup.device import Device
 from soup.errors import Problem, Refused
 from soup.model.qat import fake_quantize
+from soup.model.rope import forget, scaled_config
+from soup.rope import Scaling
 from soup.specs import LoraSpec, ModelSpec
 
 SCORE = {"score.weight"}  # the head of a reward model, drawn from the seed
@@ -82,12 +84,14 @@ def load_model(
     *,
     head: str = "causal",
     router: float | None = None,
+    scaling: Scaling | None = None,
 ) -> torch.nn.Module:
     """The causal language model on `device`, quantized or computing as if it were (`soup.model.qat`) if asked.
 
     With `head="score"` it ends in one new number.
 
     `router`: the coefficient of an MoE model's balancing loss, which the model reads as it is built; its own if `None`.
+    `scaling`: of its rotary embedding.
 
     Raises:
         Refused: the folder holds no such model, or not all of its weights.
@@ -103,13 +107,15 @@ def load_model(
     elif spec.stored == "8bit":
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     options: dict[str, Any] = {"device_map": {"": device.kind}} if quantization is not None else {}
-    kind: Any = AutoModelForCausalLM
-    if head == "score":
-        kind = AutoModelForSequenceClassification
-        options["num_labels"] = 1
+    kind: Any = AutoModelForCausalLM if head == "causal" else AutoModelForSequenceClassification
+    changed: dict[str, Any] = {} if head == "causal" else {"num_labels": 1}
     if router is not None:
-        options["router_aux_loss_coef"] = router
+        changed["router_aux_loss_coef"] = router
     with readable(spec):
+        if scaling is None:
+            options |= changed
+        else:
+            options["config"] = scaled_config(folder, spec, scaling, **changed)
         model, loaded = kind.from_pretrained(
             folder,
             dtype=precise.weights,
@@ -119,6 +125,7 @@ def load_model(
             **options,
         )
     complete(spec, loaded["missing_keys"])
+    forget(model)
     for module in model.modules():
         # At its first evaluation on a CPU with AVX512-BF16, bitsandbytes 0.50 would repack the weights for a kernel
         # that has no gradient, and leave them so.

@@ -275,6 +275,20 @@ RULES: tuple[Rule, ...] = (
         fix="distributed=ddp distributed.processes=4 longctx.ring_size=4",
         source="arXiv:2310.01889",
     ),
+    Rule(
+        key="longctx.rope_scaling_type",
+        when={"longctx.rope_scaling_type": OneOf("dynamic", "longrope"), "task": OneOf("grpo", "ppo")},
+        why="its frequencies follow the length, so what is generated stands on keys of other frequencies than the"
+        " passes that learn from it have",
+        fix="longctx=yarn",
+        source="arXiv:2309.00071",
+    ),
+    Rule(
+        key="longctx",
+        when={"longctx": Not("none"), "backend": "unsloth"},
+        why="Unsloth loads the model itself, and soup has not proved yet which scaling is in force then",
+        fix="backend=transformers, or longctx=none",
+    ),
     _idle("longctx.use_ring_attention", False, "longctx.ring_size", 1),
     Rule(
         key="longctx.ring_size",
@@ -465,7 +479,6 @@ RULES: tuple[Rule, ...] = (
     ),
     # Composes and plans; the training part is not built yet
     _pending("distributed", Not("none")),
-    _pending("longctx", Not("none")),
     _pending("longctx.use_ring_attention", True),
     _pending("data.streaming", True),
     _pending("training.use_liger", True),

@@ -14,16 +14,20 @@ from soup.data.prepare import Prepared, prepare
 from soup.device import Device
 from soup.errors import Problem, Refused
 from soup.inputs import data_arguments
-from soup.model import experts, unsloth
+from soup.model import experts, source, unsloth
 from soup.model.freeze import freeze
 from soup.model.load import Precision, adapter, load_model, load_tokenizer, precision
 from soup.model.qat import fake_quantize, fold_adapters
+from soup.model.rope import differing
+from soup.rope import Scaling, scaling
 from soup.rules.moe import is_balanced
 from soup.schema import Config, merge_arguments
 from soup.train.curriculum import Curriculum, tokens
 from soup.train.neftune import add_noise
 from soup.train.trainer import Resumable
 from soup.train.watchdog import Watchdog
+
+GRPO = "soup.train.trainers:GRPO"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +59,12 @@ def build(config: Config, *, device: Device, model_folder: Path, output: Path) -
     prepared = prepare(**data_arguments(config, model_folder))
     precise = precision(config.model, config.lora, device)
     tokenizer = load_tokenizer(model_folder, config.model)
+    stretched = scaling(config, source.config(model_folder))
+    if stretched is not None:  # as saved, it must not cut what the model reaches
+        tokenizer.model_max_length = max(tokenizer.model_max_length, stretched.length)
     set_seed(config.training.seed)  # a new head is drawn while loading
     with _named_modules(config):
-        model, peft_config = _model(config, model_folder, precise, device)
+        model, peft_config = _model(config, model_folder, precise, device, stretched)
         extra = _load(f"soup.train.{config.task.extra}") if config.task.extra else lambda *_: {}
         trainer_class, args_class = _load(config.task.trainer), _load(config.task.config)
         set_seed(
@@ -68,6 +75,7 @@ def build(config: Config, *, device: Device, model_folder: Path, output: Path) -
             model=model,
             args=args_class(
                 **_router_loss(model, args_class, config)
+                | _own_reference(config, model, stretched)
                 | _arguments(config, device, precise, prepared, output)
             ),
             train_dataset=_packed(_dataset(prepared["train"]), config),
@@ -118,12 +126,15 @@ def _watch(trainer: Any, config: Config) -> None:
     trainer.add_callback(trainer.watchdog)
 
 
-def _model(config: Config, folder: Path, precise: Precision, device: Device) -> tuple[Any, Any]:
+def _model(
+    config: Config, folder: Path, precise: Precision, device: Device, stretched: Scaling | None
+) -> tuple[Any, Any]:
     """The model, and the adapters that the trainer is to add: none where Unsloth has added them."""
     if config.backend.unsloth:
         return unsloth.load_model(config, folder, precise), None
     training, head = config.training, config.task.head
-    model = load_model(folder, config.model, precise, device, head=head, router=training.moe_aux_loss_coeff)
+    router = training.moe_aux_loss_coeff
+    model = load_model(folder, config.model, precise, device, head=head, router=router, scaling=stretched)
     adapters = adapter(config.lora, head, frozen=freeze(model, training))
     return model, experts.place(adapters, model, training)
 
@@ -186,6 +197,18 @@ def _router_loss(model: Any, args_class: Any, config: Config) -> dict[str, Any]:
     if config.task.balances and hasattr(text, "output_router_logits"):
         text.output_router_logits = weight != 0
     return {}
+
+
+def _own_reference(config: Config, model: Any, stretched: Scaling | None) -> dict[str, Any]:
+    """GRPO loads its reference itself, from config.json, which knows nothing of the scaling."""
+    if (
+        stretched is None
+        or config.task.trainer != GRPO
+        or not config.task.reference
+        or config.lora.r is not None
+    ):
+        return {}
+    return {"model_init_kwargs": differing(model.config.get_text_config())}
 
 
 def _dataset(prepared: Prepared) -> Any:

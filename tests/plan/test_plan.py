@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from soup.device import Device
 from soup.errors import Refused
+from soup.model.source import CARRIED
 from soup.plan import Lengths, adapter_parameters, plan, shape
 from soup.schema import check
 
@@ -219,6 +220,48 @@ def test_a_million_tokens_plan(compose):
     ring = ["longctx.use_ring_attention=true", "longctx.ring_size=8", "distributed=zero3"]
     eight = planned(compose, *words, *ring, "distributed.processes=8", device=cuda, lengths=lengths)
     assert eight.memory["activations"] * 8 == pytest.approx(one.memory["activations"], rel=1e-6)
+    assert "2048" in one.notes["context"] and "512 = 1048576" in one.notes["context"]
+    assert one.devices == eight.devices == 1, "what it takes, whatever is asked for"
+    assert "80 GB each (assumed)" in one.notes["devices"]
+
+
+QWEN = json.loads((CARRIED / "Qwen--Qwen2.5-7B-Instruct.json").read_text())
+MILLION = ("longctx=yarn", "data.max_length=1048576", "training.batch_size=1")
+
+
+@pytest.mark.parametrize(
+    ("words", "devices", "ring", "said"),
+    [
+        ((*MILLION, "training.gradient_checkpointing=true"), 8, 8, "longctx.ring_size=8"),
+        (MILLION, 128, 128, "; 8 with training.gradient_checkpointing=true"),
+        (("lora=none", "training.batch_size=1"), 2, 1, "distributed=zero3 distributed.processes=2"),
+        ((*MILLION, "task=dpo"), 0, 1, "this task's rows are not spread"),
+        (("training.batch_size=1",), 1, 1, "one of 80 GB"),
+    ],
+)
+def test_how_many_devices_it_takes(compose, words, devices, ring, said):
+    cuda = Device(kind="cuda", bf16=True, reason="test")
+    found = plan(check(compose(*words)), model=QWEN, device=cuda, lengths=LENGTHS)
+    assert (found.devices, found.ring) == (devices, ring)
+    assert said in found.notes["devices"]
+
+
+def test_the_devices_hold_what_they_are_said_to_hold(compose):
+    """The plan of the run that the note advises fits, and half as many devices do not."""
+    cuda = Device(kind="cuda", bf16=True, reason="test")
+    words = (
+        *MILLION,
+        "training.gradient_checkpointing=true",
+        "distributed=zero3",
+        "longctx.use_ring_attention=true",
+    )
+
+    def peak(devices):
+        ring = (f"distributed.processes={devices}", f"longctx.ring_size={devices}")
+        lengths = Lengths(**(vars(LENGTHS) | {"max": 1048576}))
+        return plan(check(compose(*words, *ring)), model=QWEN, device=cuda, lengths=lengths).peak_memory_bytes
+
+    assert peak(8) <= cuda.memory_bytes < peak(4)
 
 
 @pytest.mark.parametrize("generated, task", [(0, "task=sft"), (16, "task.max_completion_length=16")])
@@ -231,6 +274,8 @@ def test_a_row_beyond_the_models_context_is_refused(generated, task, compose):
     shorter = f"data.max_length={LENGTHS.max - 1}"
     planned(compose, *words, shorter, model={"max_position_embeddings": LENGTHS.max + generated - 1})
     planned(compose, *words, "longctx=yarn", model={"max_position_embeddings": 32})
+    dynamic = {"max_position_embeddings": 32, "rope_parameters": {"rope_type": "dynamic", "factor": 100.0}}
+    planned(compose, *words, model=dynamic)
 
 
 def test_frozen_layers_have_no_adapters_no_gradients_and_no_state(compose):
@@ -276,6 +321,7 @@ def test_every_number_has_its_reason_and_parts_add_up(compose):
         "steps",
         "memory",
         "disk",
+        "devices",
     ):
         assert found.notes[name]
     assert json.loads(json.dumps(found.to_dict())) == found.to_dict()

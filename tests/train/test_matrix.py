@@ -41,6 +41,8 @@ SPACE = (
     ["training.max_grad_norm=1.0", "training.max_grad_norm=0.0"],
     ["training.max_steps=2", "training.max_steps=null training.epochs=0.1"],
     ["data.max_length=128", "data.max_length=320 data.on_too_long=skip"],
+    ["longctx=none"]
+    + [f"longctx={kind} longctx.rope_factor=4.0" for kind in ("linear", "dynamic", "yarn", "llama3")],
 )
 
 
@@ -59,7 +61,7 @@ def defaults():
     """Facts of what the space leaves alone."""
     whole = yaml.safe_load((CONF / "config.yaml").read_text())
     found = {f"training.{leaf}": value for leaf, value in whole["training"].items()}
-    for word in ("model=hub", "data=auto", "backend=transformers", "distributed=none", "longctx=none"):
+    for word in ("model=hub", "data=auto", "backend=transformers", "distributed=none"):
         found |= read(word)
     chosen = {word.partition("=")[0] for values in SPACE for value in values for word in value.split()}
     found = {key: value for key, value in found.items() if key not in chosen}
