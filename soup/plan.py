@@ -248,7 +248,7 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
     memory = {name: round(size) for name, size in parts.items()}
     saved = 4 * adapters if lora.r is not None else BYTES[dtype] * decoder.total
     beside = task.trained_models * decoder.total  # PPO's value model, in float32
-    state = config.optim.state_bytes * (trainable + beside)
+    state = _optimizer_bytes(config, decoder, trainable + beside)
     disk = CHECKPOINTS_KEPT * (saved + 4 * beside + state) + saved
     notes["disk"] = f"{CHECKPOINTS_KEPT} checkpoints with optimizer state, and the final model"
     return Plan(
@@ -426,7 +426,11 @@ def _layer_floats(decoder: Shape) -> float:
 
 
 def _optimizer_bytes(config: Config, decoder: Shape, trainable: int) -> float:
-    """State of the optimizer; GaLore keeps its moments in the projection, and the projection itself."""
+    """State of the optimizer; GaLore keeps its moments in the projection, and the projection itself; Muon one moment
+    of matrices."""
+    if config.optim.muon is not None and config.lora.r is None:  # AdamW's second moment for what is no matrix
+        layers = decoder.layers - config.training.frozen(decoder.layers)
+        return config.optim.state_bytes * (2 * trainable - decoder.linear // decoder.layers * layers)
     if config.optim.galore is None:
         return config.optim.state_bytes * trainable
     rank = config.optim.galore["rank"]

@@ -124,7 +124,7 @@ class LoraSpec(Spec):
 class OptimSpec(Spec):
     """An optimizer and its schedule. `state_bytes`: optimizer state per trained parameter, in bytes.
 
-    `galore`: rank, update_proj_gap and scale of its projections.
+    `galore`: rank, update_proj_gap and scale of its projections. `muon`: momentum, nesterov and ns_steps.
     """
 
     lr: float
@@ -133,6 +133,7 @@ class OptimSpec(Spec):
     warmup_ratio: float
     state_bytes: float
     galore: Mapping[str, Any] | None = None
+    muon: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

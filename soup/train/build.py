@@ -61,7 +61,8 @@ def build(config: Config, *, device: Device, model_folder: Path, output: Path) -
         set_seed(
             config.training.seed
         )  # adapters are initialised by the trainer, before it sets the seed itself
-        settings = {"loraplus_lr_ratio": config.lora.loraplus_lr_ratio, "galore": config.optim.galore}
+        settings = {"loraplus_lr_ratio": config.lora.loraplus_lr_ratio}
+        settings |= {"galore": config.optim.galore, "muon": config.optim.muon}
         trainer = type(trainer_class.__name__, (Resumable, trainer_class), settings)(
             model=model,
             args=args_class(

@@ -93,6 +93,16 @@ def test_every_setting_is_in_force(family, build, wrong, name, adapted):
     assert wrong(build(*words)) == {}
 
 
+@pytest.mark.parametrize("lora", ["none", "dora"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "qwen3", "phi3", "gpt_neox"])
+def test_muon_has_the_matrices_of_every_family(family, build, wrong, name, lora):
+    built = build("optim=muon", f"lora={lora}", f"model.base={family(name)}")
+    assert wrong(built) == {}
+    groups = built.trainer.optimizer.param_groups
+    sizes = {p.ndim for group in groups if "momentum" in group for p in group["params"]}
+    assert sizes == {2}
+
+
 @pytest.mark.parametrize("name", EXPERTS)
 def test_adapters_on_experts_are_seen(family, build, wrong, name):
     assert "training.moe_lora" in wrong(build(f"model.base={family(name)}"))

@@ -23,7 +23,7 @@ SEED, SAMPLE = 7, 10
 TASKS = ("sft", "pretrain", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "ppo")
 SPACE = (
     [f"task={task}" for task in TASKS],
-    ["optim=adamw", "optim=adamw_8bit", "optim=adafactor", "optim=lion", "optim=schedule_free"]
+    ["optim=adamw", "optim=adamw_8bit", "optim=adafactor", "optim=lion", "optim=schedule_free", "optim=muon"]
     + ["optim=galore optim.galore_rank=8 optim.galore_update_proj_gap=1"],
     ["lora=lora", "lora=dora lora.target_modules=[q_proj,down_proj]", "lora=rslora lora.dropout=0.1"]
     + ["lora=loraplus lora.r=4", "lora=none"],
