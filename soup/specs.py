@@ -197,6 +197,7 @@ class TrainingSpec(Spec):
     packing: bool
     neftune_alpha: float
     curriculum: bool
+    curriculum_metric: str
     curriculum_buckets: int
     freeze_layers: int
     freeze_ratio: float
@@ -204,6 +205,11 @@ class TrainingSpec(Spec):
     loss_watchdog_threshold: float
     loss_watchdog_patience: int
     loss_watchdog_action: str
+
+    @property
+    def by_difficulty(self) -> bool:
+        """Whether the rows' own column `difficulty` decides their order."""
+        return self.curriculum and self.curriculum_metric == "difficulty"
 
     def frozen(self, layers: int) -> int:
         """Bottom layers, of `layers`, that do not train."""

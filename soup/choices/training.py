@@ -64,6 +64,7 @@ def training(
         loss_watchdog_patience=loss_watchdog_patience,
         loss_watchdog_action=loss_watchdog_action,
         curriculum=curriculum,
+        curriculum_metric=curriculum_metric,
         curriculum_buckets=curriculum_buckets,
         args={
             "num_train_epochs": epochs,
@@ -86,7 +87,7 @@ def training(
             "loop:clipping",
             "loop:seed",
             "loop:data_order",
-            "loop:curriculum",
+            "curriculum:curriculum",
             "loop:intervals",
             "loop:gradient_checkpointing",
             "loop:neftune",

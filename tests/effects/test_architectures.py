@@ -103,6 +103,14 @@ def test_muon_has_the_matrices_of_every_family(family, build, wrong, name, lora)
     assert sizes == {2}
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "qwen2", "phi3", "olmo2", "mixtral"])
+def test_the_base_models_loss_orders_rows_of_every_family(family, build, wrong, name):
+    words = ("training.curriculum=true", "training.curriculum_metric=loss", "lora.target_modules=all-linear")
+    if name == "mixtral":
+        words = (*words[:2], "lora=none")
+    assert wrong(build(*words, f"model.base={family(name)}")) == {}
+
+
 @pytest.mark.parametrize("name", EXPERTS)
 def test_adapters_on_experts_are_seen(family, build, wrong, name):
     assert "training.moe_lora" in wrong(build(f"model.base={family(name)}"))

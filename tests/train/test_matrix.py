@@ -34,7 +34,8 @@ SPACE = (
     ["training.neftune_alpha=0.0", "training.neftune_alpha=5.0"],
     ["training.freeze_layers=0", "training.freeze_layers=1", "training.freeze_ratio=0.5"],
     ["training.loss_watchdog=false", "training.loss_watchdog=true training.loss_watchdog_action=rollback"],
-    ["training.curriculum=false", "training.curriculum=true training.curriculum_buckets=3"],
+    ["training.curriculum=false", "training.curriculum=true training.curriculum_buckets=3"]
+    + ["training.curriculum=true training.curriculum_metric=loss"],
     ["training.gradient_accumulation_steps=1", "training.gradient_accumulation_steps=2"],
     ["training.max_grad_norm=1.0", "training.max_grad_norm=0.0"],
     ["training.max_steps=2", "training.max_steps=null training.epochs=0.1"],
