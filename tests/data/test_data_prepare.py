@@ -302,7 +302,7 @@ def test_eval_files_and_max_samples(arguments, tmp_path):
     assert (made["train"].report.format, made["eval"].report.format) == ("alpaca", "text")
 
 
-def numbered(values, **more):
+def numbered(values):
     return [row | {"difficulty": value} for row, value in zip(pairs(len(values)), values, strict=True)]
 
 
