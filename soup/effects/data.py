@@ -47,15 +47,19 @@ def rows(built: Any) -> Iterator[Effect]:
     ok = (held_out is not None) == wanted and (not wanted or intact(held_out, built.prepared["eval"]))
     count = 0 if held_out is None else len(held_out)
     yield Effect("data.eval", data["eval"], f"{count} rows", ok, "rows of the trainer's eval_dataset")
-    share = count / (count + len(trainer.train_dataset))
+    there = len(trainer.train_dataset)
+    if (
+        "seq_lengths" in trainer.train_dataset.column_names
+    ):  # packed, each prepared row once, as was seen above
+        there, count = report.rows, count and built.prepared["eval"].report.rows
+    share = count / (count + there)
     asked = data["eval_fraction"]
-    near = asked == 0 or abs(share - asked) <= max(0.1 * asked, 2 / (count + len(trainer.train_dataset)))
+    near = asked == 0 or abs(share - asked) <= max(0.1 * asked, 2 / (count + there))
     yield Effect("data.eval_fraction", asked, round(share, 4), near, f"{count} rows are held out")
     ok = data["format"] in ("auto", report.format)
     yield Effect("data.format", data["format"], report.format, ok, "what the rows were read as")
     limit = data["max_samples"]
-    ok = limit is None or len(trainer.train_dataset) <= limit
-    yield Effect("data.max_samples", limit, len(trainer.train_dataset), ok, "rows to train on")
+    yield Effect("data.max_samples", limit, there, limit is None or there <= limit, "rows to train on")
     yield Effect(
         "data.on_bad_row",
         data["on_bad_row"],

@@ -101,9 +101,7 @@ def _drawn_again(built: Any, layer: Any) -> Any:
     config = deepcopy(built.model.peft_config["default"])
     config.target_modules, config.layers_to_transform, config.exclude_modules = ["only"], None, None
     config.rank_pattern, config.alpha_pattern = {}, {}
-    config.use_dora = (
-        False  # A is drawn before; a copy of an 8-bit weight has lost the scales that DoRA would read
-    )
+    config.use_dora = False  # its magnitudes are no part of A, and need the weight's scales
     cuda = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(built.config.training.seed)

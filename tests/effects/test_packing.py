@@ -50,6 +50,11 @@ def test_long_documents_are_cut_and_nothing_of_them_is_lost(build, wrong, texts)
     assert sum(ids.count(end) for ids in rows["input_ids"]) == 41, "a separator after each document"
 
 
+@pytest.mark.parametrize("words", ["data.max_samples=20", "data.eval_fraction=0.2", "data.max_samples=41"])
+def test_rows_are_counted_before_they_are_packed(build, wrong, texts, words):
+    assert wrong(build(*PACKED, "task=pretrain", texts, "data.max_length=60", words)) == {}
+
+
 def test_steps_are_as_planned(build, texts):
     from soup import schema
     from soup.device import resolve
