@@ -302,6 +302,12 @@ def test_the_losses_are_measured_once(build, monkeypatch):
         *ON, "training.curriculum_metric=loss", "data.max_samples=31", "optim=lion", "training.seed=3"
     )
     assert (one.trainer.curriculum.metric_R == other.trainer.curriculum.metric_R).all()
+    monkeypatch.undo()
+    monkeypatch.setattr(base_loss, "_key", lambda *_: "a cache that was emptied")
+    again = build(*ON, "training.curriculum_metric=loss", "data.max_samples=31")
+    assert (one.trainer.curriculum.metric_R == again.trainer.curriculum.metric_R).all()
+    monkeypatch.undo()
+    monkeypatch.setattr(base_loss, "measure", None)
     with pytest.raises(TypeError):
         build(*ON, "training.curriculum_metric=loss", "data.max_samples=31", "model.quantization=4bit")
 
