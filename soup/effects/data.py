@@ -188,7 +188,7 @@ def _filled(built: Any) -> tuple[bool, str]:
 
     rows, size = built.trainer.train_dataset, built.config.data.max_length
     lengths_R = np.array(document_tokens(built))
-    needed = sum(in_chunks(lengths_R[part].tolist(), size) for part in order(built))
+    needed = sum(in_chunks(lengths_R[sorted(part)].tolist(), size) for part in order(built))
     full = int(lengths_R.sum()) / (len(rows) * size)
     told = f"{len(rows)} rows of {size} tokens hold {len(lengths_R)} documents and are {full:.1%} full; "
     told += f"best fit needs {needed}"

@@ -206,7 +206,8 @@ def _packed(dataset: Any, config: Config, buckets: Any) -> tuple[Any, Any]:
     length, way = config.data.max_length, "bfd_split" if config.task.shape == "text" else "bfd"
     if buckets is None:
         return pack_dataset(dataset, length, way), None
-    packed = [pack_dataset(dataset.select(bucket), length, way) for bucket in buckets if len(bucket)]
+    # In the data's order, since what is packed together (1000 documents) would be of about one length if sorted.
+    packed = [pack_dataset(dataset.select(sorted(bucket)), length, way) for bucket in buckets if len(bucket)]
     edges = list(accumulate(map(len, packed), initial=0))
     return concatenate_datasets(packed), [range(start, end) for start, end in pairwise(edges)]
 
