@@ -94,7 +94,9 @@ def metric(built: Any) -> list[float]:
 
 def _measured(built: Any) -> tuple[bool, str]:
     """Whether the base model's loss, on rows from the easiest to the hardest, is what they are sorted by."""
-    from soup.effects.task import _tolerance, undisturbed
+    import torch
+
+    from soup.effects.task import COARSE, _tolerance, undisturbed
 
     kind = built.config.training.curriculum_metric
     if kind != "loss":
@@ -109,7 +111,9 @@ def _measured(built: Any) -> tuple[bool, str]:
             for number in (order[place] for place in some)
             for loss in (_loss(built, rows(number)),)
         ]
-    right = len(held) == built.prepared["train"].report.rows and max(gaps) <= _tolerance(built)
+    # The loss was measured in the weights' own precision, and this is in 32 bits.
+    allowed = _tolerance(built) if built.precision.weights is torch.float32 else COARSE
+    right = len(held) == built.prepared["train"].report.rows and max(gaps) <= allowed
     return (
         right,
         f"the base model's loss a token, which was measured again for {len(gaps)} rows: {max(gaps):.1e} off",
