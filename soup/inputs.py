@@ -39,6 +39,7 @@ def data_arguments(config: Config, model_folder: Path) -> dict[str, Any]:
         "on_too_long": data.on_too_long,
         "max_samples": data.max_samples,
         "num_proc": data.num_proc,
+        "numbers": ("difficulty",) if config.training.by_difficulty else (),
         "cache": cache.root(),
     }
 

@@ -15,6 +15,7 @@ from soup import mixture
 from soup.device import Device
 from soup.errors import Problem, Refused
 from soup.model.groups import whole_groups
+from soup.packing import estimate
 from soup.rope import context as reach
 from soup.rope import scaling
 from soup.rules import broken, facts
@@ -30,6 +31,7 @@ HOLES = {"cpu": 0.55, "cuda": 0.0}
 LOGIT_CHUNK = (
     256  # learnt tokens that TRL turns into logits at once (sft_trainer._CHUNKED_LM_HEAD_CHUNK_SIZE)
 )
+LOSS_TOKENS = 2048  # of a batch whose loss is measured for the curriculum, padding included
 LOGIT_COPIES = 6  # logits, log-softmax, their exponent and product, and two gradients, in float32
 NF4_BYTES = 0.516  # a weight and its share of doubly quantized scales (arXiv:2305.14314, section 3)
 # Weights that share a scale. bitsandbytes 0.50's AVX512 kernel mistakes a block that goes on in the next row.
@@ -42,7 +44,10 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Statistics of the training rows, in tokens after truncation. `sampled`: estimated from the first rows."""
+    """Statistics of the training rows, in tokens after truncation. `sampled`: estimated from the first rows.
+
+    `sample`: lengths in order that stand for all; none where they are not known.
+    """
 
     rows: int
     mean: float
@@ -53,6 +58,7 @@ class Lengths:
     learnt: int
     sampled: bool
     eval_rows: int
+    sample: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,11 +271,13 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
     )
     sequences = lengths.rows * task.samples
     mean, longest = lengths.mean, min(config.data.max_length, lengths.max)
-    if training.packing:  # best fit leaves next to nothing of a row empty
-        sequences = math.ceil(lengths.tokens / config.data.max_length)
-        mean = longest = min(config.data.max_length, lengths.tokens)
-        notes["packing"] = (
-            f"about {sequences} rows of {config.data.max_length} tokens from {lengths.rows} documents"
+    if training.packing:
+        sequences, notes["packing"] = _packed(config, lengths)
+        mean = round(min(config.data.max_length, lengths.tokens / sequences), 1)
+        longest = min(config.data.max_length, lengths.tokens)
+    if training.curriculum and training.curriculum_metric == "loss":
+        notes["curriculum"] = (
+            f"the base model's loss of {lengths.rows} rows is measured first, once for all runs"
         )
     micro = math.ceil(sequences / (training.batch_size * replicas))
     per_epoch = max(1, math.ceil(micro / training.gradient_accumulation_steps))
@@ -306,7 +314,7 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
     needs, notes["devices"] = _devices(config, model, decoder, device, row, dtype, trainable, adapters)
     saved = 4 * adapters if lora.r is not None else BYTES[dtype] * decoder.total
     beside = task.trained_models * decoder.total  # PPO's value model, in float32
-    state = config.optim.state_bytes * (trainable + beside)
+    state = _optimizer_bytes(config, decoder, trainable + beside)
     disk = CHECKPOINTS_KEPT * (saved + 4 * beside + state) + saved
     notes["disk"] = f"{CHECKPOINTS_KEPT} checkpoints with optimizer state, and the final model"
     return Plan(
@@ -325,6 +333,23 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
         ring=needs.ring,
         sampled=lengths.sampled,
         notes=notes,
+    )
+
+
+def _packed(config: Config, lengths: Lengths) -> tuple[int, str]:
+    """Rows that the documents fill, by best fit of lengths like theirs, and how full those are."""
+    training, size = config.training, config.data.max_length
+    sequences = math.ceil(lengths.tokens / size)
+    if lengths.sample:
+        buckets = training.curriculum_buckets if training.curriculum else 1
+        by_length = training.curriculum_metric == "length"
+        sequences = estimate(lengths.sample, lengths.rows, size, buckets=buckets, by_length=by_length)
+        sequences = max(sequences, math.ceil(lengths.tokens / size))
+    full = lengths.tokens / (sequences * size)
+    within = f", packed within {training.curriculum_buckets} buckets" if training.curriculum else ""
+    return (
+        sequences,
+        f"about {sequences} rows of {size} tokens from {lengths.rows} documents, {full:.0%} full{within}",
     )
 
 
@@ -473,6 +498,10 @@ def _memory(
         rollouts = training.batch_size * training.gradient_accumulation_steps * task.generates
         logits = max(logits, rollouts * decoder.vocab * 4 * 2)
         how_logits += ", or twice those of every generated token of a step, whichever is more"
+    if training.curriculum and training.curriculum_metric == "loss":
+        whole = max(LOSS_TOKENS, longest) * decoder.vocab * size + longest * decoder.vocab * 8
+        if whole > logits:
+            logits, how_logits = whole, "every token, while the base model's loss is measured"
     world = spread.world
     shared = world if "weights" in spread.shards else 1
     parts = {
@@ -563,7 +592,11 @@ def _layer_floats(decoder: Shape) -> float:
 
 
 def _optimizer_bytes(config: Config, decoder: Shape, trainable: int) -> float:
-    """State of the optimizer; GaLore keeps its moments in the projection, and the projection itself."""
+    """State of the optimizer; GaLore keeps its moments in the projection, and the projection itself; Muon one moment
+    of matrices."""
+    if config.optim.muon is not None and config.lora.r is None:  # AdamW's second moment for what is no matrix
+        layers = decoder.layers - config.training.frozen(decoder.layers)
+        return config.optim.state_bytes * (2 * trainable - decoder.linear // decoder.layers * layers)
     if config.optim.galore is None:
         return config.optim.state_bytes * trainable
     rank = config.optim.galore["rank"]

@@ -132,7 +132,7 @@ class LoraSpec(Spec):
 class OptimSpec(Spec):
     """An optimizer and its schedule. `state_bytes`: optimizer state per trained parameter, in bytes.
 
-    `galore`: rank, update_proj_gap and scale of its projections.
+    `galore`: rank, update_proj_gap and scale of its projections. `muon`: momentum, nesterov and ns_steps.
     """
 
     lr: float
@@ -141,6 +141,7 @@ class OptimSpec(Spec):
     warmup_ratio: float
     state_bytes: float
     galore: Mapping[str, Any] | None = None
+    muon: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +206,7 @@ class TrainingSpec(Spec):
     packing: bool
     neftune_alpha: float
     curriculum: bool
+    curriculum_metric: str
     curriculum_buckets: int
     freeze_layers: int
     freeze_ratio: float
@@ -214,6 +216,11 @@ class TrainingSpec(Spec):
     loss_watchdog_action: str
     moe_lora: bool
     moe_aux_loss_coeff: float | None
+
+    @property
+    def by_difficulty(self) -> bool:
+        """Whether the rows' own column `difficulty` decides their order."""
+        return self.curriculum and self.curriculum_metric == "difficulty"
 
     def frozen(self, layers: int) -> int:
         """Bottom layers, of `layers`, that do not train."""

@@ -178,4 +178,5 @@ def _lengths(reports: Mapping[str, Report]) -> Lengths:
         learnt=train["sum_labels"],
         sampled=reports["train"].sampled,
         eval_rows=reports["eval"].rows if "eval" in reports else 0,
+        sample=tuple(train["sample"]),
     )

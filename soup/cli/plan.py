@@ -82,7 +82,7 @@ def _show(one: Checked) -> None:
         *([("context", "", p.notes["context"])] if "context" in p.notes else []),
         *([("host memory", _bytes(p.host_memory_bytes), "offloaded")] if p.host_memory_bytes else []),
         ("disk", _bytes(p.disk_bytes), p.notes["disk"]),
-        *((name, "", p.notes[name]) for name in STANDS_IN if name in p.notes),
+        *((name, "", p.notes[name]) for name in ("packing", "curriculum", *STANDS_IN) if name in p.notes),
     )
     for row in rows:
         table.add_row(*row)

@@ -7,16 +7,16 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from soup.data.encode import Encoded
 from soup.data.formats import COLUMNS, detect
 from soup.data.read import read_rows
 from soup.data.report import BAD_KEPT
-from soup.data.rows import BadRow, BadRowReport, Row, names
+from soup.data.rows import BadRow, BadRowReport, Row, names, number
 from soup.data.settings import Settings
 from soup.data.shapes import TOKENISED, to_shape
 from soup.errors import Problem, Refused
@@ -83,7 +83,9 @@ def encoded_rows(settings: Settings, split: str, tally: Tally, limit: int | None
         rows = _counted(read_rows(settings.files[split]), tally)
         head = _head(rows)
         tally.format = _format(settings, head, split)
-        for result in _usable(settings, itertools.islice(itertools.chain(head, rows), limit), tally):
+        numbers = settings.numbers if split == "train" else ()
+        read = itertools.islice(itertools.chain(head, rows), limit)
+        for result in _usable(settings, read, tally, numbers):
             if split == "train" and kept == settings.max_samples:
                 break
             kept += 1
@@ -141,8 +143,10 @@ def _format(settings: Settings, head: list[Row | BadRowReport], split: str) -> s
     return settings.format
 
 
-def _usable(settings: Settings, rows: Iterable[Row | BadRowReport], tally: Tally) -> Iterator[Encoded]:
-    for chunk in _chunks(_examples(settings, rows, tally)):
+def _usable(
+    settings: Settings, rows: Iterable[Row | BadRowReport], tally: Tally, numbers: Sequence[str]
+) -> Iterator[Encoded]:
+    for chunk in _chunks(_examples(settings, rows, tally, numbers)):
         results = settings.encoder.encode_batch(settings.shape, [example for _, example in chunk])
         for (row, _), result in zip(chunk, results, strict=True):
             if isinstance(result, BadRow):
@@ -158,12 +162,15 @@ def _usable(settings: Settings, rows: Iterable[Row | BadRowReport], tally: Tally
                     tally.too_long.append(BadRowReport(row.source, row.line, why, "shorten it"))
             elif result.nothing_left:
                 tally.dropped_nothing_left += 1
+            elif numbers:
+                beside = {name: number(row, name) for name in numbers}
+                yield replace(result, columns=result.columns | beside)
             else:
                 yield result
 
 
 def _examples(
-    settings: Settings, rows: Iterable[Row | BadRowReport], tally: Tally
+    settings: Settings, rows: Iterable[Row | BadRowReport], tally: Tally, numbers: Sequence[str]
 ) -> Iterator[tuple[Row, dict[str, Any]]]:
     style: type | None = None
     for row in rows:
@@ -173,6 +180,8 @@ def _examples(
         try:
             examples = to_shape(row.fields, tally.format, settings.shape)
             _check_same(settings, row, tally.format)
+            for name in numbers:
+                number(row, name)
             if settings.shape not in TOKENISED:
                 style = style or type(examples[0]["prompt"])
                 _check_style(style, examples[0]["prompt"])

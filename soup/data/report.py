@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+SAMPLE = 1000  # lengths that stand for all
 BAD_KEPT = 20  # bad rows that are named; the rest are counted
 
 
@@ -18,7 +19,8 @@ class Report:
     a split from the training files, bad, skipped and dropped rows are in the training split's report.
 
     `lengths`, after truncation: count, mean, p50, p95, max, sum, sum_labels (tokens learnt), longest (before
-    truncation) and histogram {"edges": n + 1 numbers, "counts": n}. A preference pair's length is that of its
+    truncation), histogram {"edges": n + 1 numbers, "counts": n}, and sample: the lengths themselves in order, 1000
+    evenly spaced ones where there are more. A preference pair's length is that of its
     longer side. `sampled`: measured on the first rows only; `rows`, the counts and the sums are scaled up to
     the whole. `bytes`: of the tokenised file; 0 where there is none.
     """
@@ -61,6 +63,7 @@ def summarise(length_R: Any, learnt_R: Any, longest: int, scale: float = 1.0) ->
             "sum_labels": 0,
             "longest": longest,
             "histogram": {"edges": [], "counts": []},
+            "sample": [],
         }
     bins = min(12, int(length_R.max() - length_R.min()) + 1)
     counts_B, edges_B = np.histogram(length_R, bins=bins)
@@ -77,4 +80,7 @@ def summarise(length_R: Any, learnt_R: Any, longest: int, scale: float = 1.0) ->
             "edges": [round(float(edge), 1) for edge in edges_B],
             "counts": [whole(count) for count in counts_B],
         },
+        "sample": np.sort(length_R)[np.linspace(0, len(length_R) - 1, min(SAMPLE, len(length_R))).astype(int)]
+        .astype(int)
+        .tolist(),
     }

@@ -29,6 +29,7 @@ class Settings:
     `max_length`: tokens. `on_bad_row`: refuse, skip. `on_too_long`: truncate, skip, refuse.
     `max_samples`: usable rows to take from the start of `train`; None takes all.
     `num_proc`: threads that tokenise; it changes nothing in the result.
+    `numbers`: columns of the training rows that hold a number each, and are kept beside the tokens.
     `cache`: the folder under which `tokenised/<fingerprint>/` lies.
 
     Raises Refused for values that cannot be, all at once.
@@ -48,6 +49,7 @@ class Settings:
     max_samples: int | None
     num_proc: int
     cache: Path
+    numbers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
@@ -120,6 +122,7 @@ class Settings:
             self.shape,
             self.on_bad_row,
             self.max_samples,
+            self.numbers,
             importlib.metadata.version("tokenizers"),
         ]
         digest.update(json.dumps(settings).encode())

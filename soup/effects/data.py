@@ -24,9 +24,11 @@ def rows(built: Any) -> Iterator[Effect]:
         """Of the columns that the trainer kept; a reward model's have prompt and answer in one."""
         with pa.memory_map(str(entry.open())) as file:
             table = pa.ipc.open_stream(file).read_all()
+        if built.config.training.by_difficulty and "difficulty" in table.column_names:
+            table = table.drop_columns("difficulty")  # read for the order of rows alone
         whole = built.config.task.head == "score"
         if "seq_lengths" in dataset.column_names:
-            return _same_documents(dataset, table, built.config.data.max_length)
+            return _same_documents(built, dataset, table)
         if "input_ids" in table.column_names:
             return dataset._indices is None and dataset.data.table.equals(table)
         names = [n for n in table.column_names if n in dataset.column_names]
@@ -45,15 +47,19 @@ def rows(built: Any) -> Iterator[Effect]:
     ok = (held_out is not None) == wanted and (not wanted or intact(held_out, built.prepared["eval"]))
     count = 0 if held_out is None else len(held_out)
     yield Effect("data.eval", data["eval"], f"{count} rows", ok, "rows of the trainer's eval_dataset")
-    share = count / (count + len(trainer.train_dataset))
+    there = len(trainer.train_dataset)
+    if (
+        "seq_lengths" in trainer.train_dataset.column_names
+    ):  # packed, each prepared row once, as was seen above
+        there, count = report.rows, count and built.prepared["eval"].report.rows
+    share = count / (count + there)
     asked = data["eval_fraction"]
-    near = asked == 0 or abs(share - asked) <= max(0.1 * asked, 2 / (count + len(trainer.train_dataset)))
+    near = asked == 0 or abs(share - asked) <= max(0.1 * asked, 2 / (count + there))
     yield Effect("data.eval_fraction", asked, round(share, 4), near, f"{count} rows are held out")
     ok = data["format"] in ("auto", report.format)
     yield Effect("data.format", data["format"], report.format, ok, "what the rows were read as")
     limit = data["max_samples"]
-    ok = limit is None or len(trainer.train_dataset) <= limit
-    yield Effect("data.max_samples", limit, len(trainer.train_dataset), ok, "rows to train on")
+    yield Effect("data.max_samples", limit, there, limit is None or there <= limit, "rows to train on")
     yield Effect(
         "data.on_bad_row",
         data["on_bad_row"],
@@ -150,8 +156,9 @@ def packing(built: Any) -> Iterator[Effect]:
         )
         return
     counts = [len(lengths) for lengths in rows[:PROMPTS]["seq_lengths"]]
+    tight, told = _filled(built)
     if max(counts) == 1:
-        yield same(key, asked, True, f"{len(rows)} rows, each filled by one document")
+        yield Effect(key, asked, True, asked and tight, f"{told}, each filled by one document")
         return
     example = rows[counts.index(max(counts))]
     first = example["seq_lengths"][0]
@@ -166,24 +173,53 @@ def packing(built: Any) -> Iterator[Effect]:
         moved = (logits[0] - logits[1]).abs().amax(-1)
     apart = bool(moved[:first].max() > 0) and bool(moved[first:].max() <= 1e-5 * logits[0].abs().max())
     how = (
-        f"{len(rows)} rows hold {sum(counts)} documents; a changed token moves logits of its own by "
+        f"{told}; a changed token moves logits of its document by "
         f"{float(moved[:first].max()):.2g} and of the others by {float(moved[first:].max()):.2g}"
     )
-    yield Effect(key, asked, apart or "documents see one another", asked and apart, how)
+    effective = "documents see one another" if not apart else True if tight else "rows with room left"
+    yield Effect(key, asked, effective, asked and apart and tight, how)
 
 
-def _same_documents(dataset: Any, table: Any, max_length: int) -> bool:
-    """Packed rows hold the tokens and labels that were prepared; those that fit a row are there whole."""
+def _filled(built: Any) -> tuple[bool, str]:
+    """Whether documents lie in as few rows as best fit needs, in the order and the buckets in which they are packed."""
+    import numpy as np
+
+    from soup.effects.curriculum import order
+    from soup.packing import in_chunks
+
+    rows, size = built.trainer.train_dataset, built.config.data.max_length
+    lengths_R = np.array(document_tokens(built))
+    needed = sum(in_chunks(lengths_R[sorted(part)].tolist(), size) for part in order(built))
+    full = int(lengths_R.sum()) / (len(rows) * size)
+    told = f"{len(rows)} rows of {size} tokens hold {len(lengths_R)} documents and are {full:.1%} full; "
+    told += f"best fit needs {needed}"
+    return len(rows) <= needed, told
+
+
+def document_tokens(built: Any) -> list[int]:
+    """Tokens of each row as prepared: the lengths of its lists of tokens together."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    with pa.memory_map(str(built.prepared["train"].open())) as file:
+        table = pa.ipc.open_stream(file).read_all()
+        columns = [table[name] for name in table.column_names if name.endswith("_ids")]
+        return [sum(row) for row in zip(*(pc.list_value_length(c).to_pylist() for c in columns), strict=True)]
+
+
+def pieces(built: Any, row: Any) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Tokens and labels of a prepared document; cut where it is longer than a row may be."""
+    size = built.config.data.max_length
+    for start in range(0, len(row["input_ids"]), size):
+        yield tuple(row["input_ids"][start : start + size]), tuple(row["labels"][start : start + size])
+
+
+def _same_documents(built: Any, dataset: Any, table: Any) -> bool:
+    """Packed rows hold each document that was prepared, once."""
     from soup.effects.task import documents
 
-    def parts(row: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return tuple(row["input_ids"]), tuple(row["labels"])
-
-    held = Counter(parts(part) for row in dataset for part in documents(row))
-    made = Counter(parts(row) for row in table.to_pylist())
-    whole = Counter({one: count for one, count in made.items() if len(one[0]) <= max_length})
-    tokens = [sum(len(one[0]) * count for one, count in each.items()) for each in (held, made)]
-    return not whole - held and tokens[0] == tokens[1]
+    held = Counter(part for row in dataset for one in documents(row) for part in pieces(built, one))
+    return held == Counter(part for row in table.to_pylist() for part in pieces(built, row))
 
 
 def _packed_labels(built: Any) -> Effect:

@@ -102,6 +102,7 @@ def _drawn_again(built: Any, layer: Any) -> Any:
     config = deepcopy(built.model.peft_config["default"])
     config.target_modules, config.layers_to_transform, config.exclude_modules = ["only"], None, None
     config.rank_pattern, config.alpha_pattern, config.target_parameters = {}, {}, None
+    config.use_dora = False  # its magnitudes are no part of A, and need the weight's scales
     cuda = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(built.config.training.seed)
@@ -117,6 +118,8 @@ def data_order(built: Any) -> Iterator[Effect]:
     """
     import torch
 
+    from soup.effects.curriculum import buckets
+
     training = built.config.training
     drawn = list(itertools.islice(itertools.chain.from_iterable(_batches(built)), 32))
     if built.config.task.samples > 1:
@@ -125,12 +128,9 @@ def data_order(built: Any) -> Iterator[Effect]:
     generator = torch.Generator()
     generator.manual_seed(training.data_seed)
     if training.curriculum:
-        sizes = [
-            rows // training.curriculum_buckets + (k < rows % training.curriculum_buckets)
-            for k in range(training.curriculum_buckets)
-        ]
-        easy, expected = iter(torch.tensor(_row_tokens(built)).sort(stable=True).indices.split(sizes)), []
-        for bucket in easy:
+        expected = []
+        for part in buckets(built) or ():
+            bucket = torch.tensor(part, dtype=torch.long)
             expected += bucket[torch.randperm(len(bucket), generator=generator)].tolist()
         expected = expected[: len(drawn)]
     else:
@@ -148,48 +148,6 @@ def data_order(built: Any) -> Iterator[Effect]:
     requested = built.config.tree["training"]["data_seed"]
     effective = training.data_seed if drawn == expected else f"another order, {drawn[:6]}"
     yield Effect("training.data_seed", requested, effective, drawn == expected, how)
-
-
-def curriculum(built: Any) -> Iterator[Effect]:
-    """Whether the first epoch's rows, cut in as many parts as there are buckets, grow longer from part to part."""
-    training = built.config.training
-    asked = built.config.tree["training"]
-    keys = ("curriculum", "curriculum_metric", "curriculum_buckets")
-    if not training.curriculum:
-        random = next(data_order(built)).ok
-        for key in keys:
-            effective = asked[key] if random else "on"
-            how = "rows come as a random permutation has them"
-            yield Effect(f"training.{key}", asked[key], effective, random, how)
-        return
-    tokens_R = _row_tokens(built)
-    drawn = [tokens_R[row] for rows in _batches(built) for row in rows]
-
-    def rises(parts: int) -> bool:
-        size, more = divmod(len(drawn), parts)
-        edges = [k * size + min(k, more) for k in range(parts + 1)]
-        cut = [drawn[a:b] for a, b in itertools.pairwise(edges) if b > a]
-        return all(max(one) <= min(next_) for one, next_ in itertools.pairwise(cut))
-
-    buckets = training.curriculum_buckets
-    ok = rises(buckets) and len(drawn) == len(tokens_R)
-    seen = buckets if ok else max(parts for parts in range(1, 21) if rises(parts))
-    how = f"the first epoch's rows in {buckets} parts: each begins where the one before ends, in tokens"
-    yield Effect("training.curriculum", True, ok, ok, how)
-    yield Effect("training.curriculum_metric", asked["curriculum_metric"], "length" if ok else None, ok, how)
-    exact = ok and next(data_order(built)).ok
-    yield Effect("training.curriculum_buckets", buckets, seen, exact, f"{how}; shuffled by the seed within")
-
-
-def _row_tokens(built: Any) -> list[int]:
-    """Tokens of each row as prepared: the lengths of its lists of tokens together."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    with pa.memory_map(str(built.prepared["train"].open())) as file:
-        table = pa.ipc.open_stream(file).read_all()
-        columns = [table[name] for name in table.column_names if name.endswith("_ids")]
-        return [sum(row) for row in zip(*(pc.list_value_length(c).to_pylist() for c in columns), strict=True)]
 
 
 def intervals(built: Any) -> Iterator[Effect]:

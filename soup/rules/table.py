@@ -10,6 +10,7 @@ from soup.rules.rule import Above, Not, OneOf, Rule, word
 FSDP = OneOf("fsdp_full_shard", "fsdp_shard_grad", "fsdp_full_offload")
 SHARDED = OneOf("zero2", "zero3", "zero2_offload", "fsdp_full_shard", "fsdp_shard_grad", "fsdp_full_offload")
 GALORE = "arXiv:2403.03507"
+MUON = "arXiv:2502.16982"
 UNSLOTH_CPU = "unsloth_zoo.cpu"
 
 
@@ -82,6 +83,34 @@ RULES: tuple[Rule, ...] = (
         why="the optimizer must be told when training pauses, and TRL's PPO loop does not tell it",
         fix="optim=adamw",
         source="arXiv:2405.15682",
+    ),
+    # Muon
+    Rule(
+        key="lora.loraplus_lr_ratio",
+        when={"optim": "muon", "lora.loraplus_lr_ratio": Above(0)},
+        why="Muon makes the updates of A and B the same size, whatever their gradients; LoRA+'s ratio is for Adam's",
+        fix="lora=lora, or optim=adamw",
+        source=MUON,
+    ),
+    Rule(
+        key="optim",
+        when={"optim": "muon", "task": "ppo"},
+        why="PPO trains a value model beside the policy in one optimizer, and Muon is given one model's layers",
+        fix="optim=adamw",
+    ),
+    Rule(
+        key="optim",
+        when={"optim": "muon", "model.moe": True},
+        why="Muon orthogonalises matrices, and this model's experts are fused in one parameter of three dimensions",
+        fix="optim=adamw, or a dense model",
+        source=MUON,
+    ),
+    Rule(
+        key="distributed",
+        when={"optim": "muon", "distributed": SHARDED},
+        why="Muon orthogonalises each matrix whole, and sharding cuts it",
+        fix="distributed=ddp, or optim=adamw",
+        source=MUON,
     ),
     # Quantization
     Rule(
@@ -414,6 +443,12 @@ RULES: tuple[Rule, ...] = (
         fix="training.curriculum=false",
         source="arXiv:2402.01306",
     ),
+    Rule(
+        key="training.curriculum_metric",
+        when={"training.curriculum_metric": "loss", "task": "reward"},
+        why="a reward model's head is drawn from the seed, so its loss before training says nothing of the rows",
+        fix="training.curriculum_metric=length or difficulty",
+    ),
     _idle("training.curriculum", False, "training.curriculum_metric", "length"),
     _idle("training.curriculum", False, "training.curriculum_buckets", 4),
     _idle("training.loss_watchdog", False, "training.loss_watchdog_threshold", 10.0),
@@ -483,8 +518,6 @@ RULES: tuple[Rule, ...] = (
     _pending("data.streaming", True),
     _pending("training.use_liger", True),
     _pending("training.use_flash_attn", OneOf("v2", "v3")),
-    _pending("training.curriculum_metric", Not("length")),
-    _pending("training.curriculum", True, {"training.packing": True}),
     _pending("tracking.mlflow", Not(None)),
     _pending("tracking.trackio", Not(None)),
     _pending("launch", "slurm"),

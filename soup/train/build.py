@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from soup.model.rope import differing
 from soup.rope import Scaling, scaling
 from soup.rules.moe import is_balanced
 from soup.schema import Config, merge_arguments
-from soup.train.curriculum import Curriculum, tokens
+from soup.train.base_loss import base_loss
+from soup.train.curriculum import Curriculum, difficulty, split, tokens
 from soup.train.neftune import add_noise
 from soup.train.trainer import Resumable
 from soup.train.watchdog import Watchdog
@@ -48,8 +50,17 @@ class Built:
         return getattr(self.trainer, "policy", self.trainer.model)
 
 
-def build(config: Config, *, device: Device, model_folder: Path, output: Path) -> Built:
+def build(
+    config: Config,
+    *,
+    device: Device,
+    model_folder: Path,
+    output: Path,
+    say: Callable[[str], None] = lambda _: None,
+) -> Built:
     """Loads everything and constructs the trainer; `output` is where checkpoints go.
+
+    `say` is told of what takes time.
 
     Raises:
         Refused: the model or the adapter cannot be built as asked.
@@ -65,12 +76,16 @@ def build(config: Config, *, device: Device, model_folder: Path, output: Path) -
     set_seed(config.training.seed)  # a new head is drawn while loading
     with _named_modules(config):
         model, peft_config = _model(config, model_folder, precise, device, stretched)
+        metric_R = _metric(config, prepared["train"], model, model_folder, precise, device, say)
+        buckets = None if metric_R is None else split(metric_R, config.training.curriculum_buckets)
+        train_rows, buckets = _packed(_dataset(prepared["train"], config), config, buckets)
         extra = _load(f"soup.train.{config.task.extra}") if config.task.extra else lambda *_: {}
         trainer_class, args_class = _load(config.task.trainer), _load(config.task.config)
         set_seed(
             config.training.seed
         )  # adapters are initialised by the trainer, before it sets the seed itself
-        settings = {"loraplus_lr_ratio": config.lora.loraplus_lr_ratio, "galore": config.optim.galore}
+        settings = {"loraplus_lr_ratio": config.lora.loraplus_lr_ratio}
+        settings |= {"galore": config.optim.galore, "muon": config.optim.muon}
         trainer = type(trainer_class.__name__, (Resumable, trainer_class), settings)(
             model=model,
             args=args_class(
@@ -78,18 +93,14 @@ def build(config: Config, *, device: Device, model_folder: Path, output: Path) -
                 | _own_reference(config, model, stretched)
                 | _arguments(config, device, precise, prepared, output)
             ),
-            train_dataset=_packed(_dataset(prepared["train"]), config),
-            eval_dataset=_dataset(prepared["eval"]) if "eval" in prepared else None,
+            train_dataset=train_rows,
+            eval_dataset=_dataset(prepared["eval"], config) if "eval" in prepared else None,
             processing_class=tokenizer,
             peft_config=peft_config,
             **extra(config, model_folder, precise, device),
         )
-    if config.training.curriculum:
-        trainer.curriculum = Curriculum(
-            tokens(prepared["train"].open()),
-            buckets=config.training.curriculum_buckets,
-            seed=config.training.data_seed,
-        )
+    if buckets is not None:
+        trainer.curriculum = Curriculum(buckets, seed=config.training.data_seed, metric_R=metric_R)
     built = Built(
         config=config,
         device=device,
@@ -211,24 +222,41 @@ def _own_reference(config: Config, model: Any, stretched: Scaling | None) -> dic
     return {"model_init_kwargs": differing(model.config.get_text_config())}
 
 
-def _dataset(prepared: Prepared) -> Any:
+def _metric(config: Config, prepared: Prepared, *where: Any) -> Any:
+    """How hard each prepared row is, by `training.curriculum_metric`; `None` where there is no curriculum."""
+    if not config.training.curriculum:
+        return None
+    if config.training.curriculum_metric == "loss":
+        return base_loss(config, prepared, *where)
+    return (difficulty if config.training.by_difficulty else tokens)(prepared.open())
+
+
+def _dataset(prepared: Prepared, config: Config) -> Any:
     from datasets import Dataset
 
-    return Dataset.from_file(str(prepared.open()))
+    dataset = Dataset.from_file(str(prepared.open()))
+    beside = {"difficulty"} if config.training.by_difficulty else set()
+    return dataset.remove_columns(sorted(beside & set(dataset.column_names)))
 
 
-def _packed(dataset: Any, config: Config) -> Any:
+def _packed(dataset: Any, config: Config, buckets: Any) -> tuple[Any, Any]:
     """Rows of up to `data.max_length` tokens, each of whole conversations, or of documents cut where one is full.
 
-    Best fit decreasing (arXiv:2404.10830). The column `seq_lengths` keeps them apart.
+    Best fit decreasing (arXiv:2404.10830). The column `seq_lengths` keeps them apart. Documents of each of `buckets`
+    have rows of their own; what is returned beside the rows are the buckets' row numbers.
     """
     if not config.training.packing:
-        return dataset
+        return dataset, buckets
+    from datasets import concatenate_datasets
     from trl import pack_dataset
 
-    return pack_dataset(
-        dataset, config.data.max_length, "bfd_split" if config.task.shape == "text" else "bfd"
-    )
+    length, way = config.data.max_length, "bfd_split" if config.task.shape == "text" else "bfd"
+    if buckets is None:
+        return pack_dataset(dataset, length, way), None
+    # In the data's order, since what is packed together (1000 documents) would be of about one length if sorted.
+    packed = [pack_dataset(dataset.select(sorted(bucket)), length, way) for bucket in buckets if len(bucket)]
+    edges = list(accumulate(map(len, packed), initial=0))
+    return concatenate_datasets(packed), [range(start, end) for start, end in pairwise(edges)]
 
 
 def _load(path: str) -> Any:

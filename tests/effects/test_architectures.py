@@ -81,6 +81,22 @@ def test_every_setting_is_in_force(family, build, wrong, name, adapted):
     assert wrong(build(adapted, f"model.base={family(name)}")) == {}
 
 
+@pytest.mark.parametrize("lora", ["none", "dora"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "qwen3", "phi3", "gpt_neox"])
+def test_muon_has_the_matrices_of_every_family(family, build, wrong, name, lora):
+    built = build("optim=muon", f"lora={lora}", f"model.base={family(name)}")
+    assert wrong(built) == {}
+    groups = built.trainer.optimizer.param_groups
+    sizes = {p.ndim for group in groups if "momentum" in group for p in group["params"]}
+    assert sizes == {2}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "qwen2", "phi3", "olmo2"])
+def test_the_base_models_loss_orders_rows_of_every_family(family, build, wrong, name):
+    words = ("training.curriculum=true", "training.curriculum_metric=loss")
+    assert wrong(build(*words, f"model.base={family(name)}")) == {}
+
+
 @pytest.mark.parametrize("choice", ["lora=lora", "lora=none"])
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gpt2"])
 def test_simulated_quantization_is_in_force(family, build, wrong, name, choice):

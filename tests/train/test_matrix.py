@@ -23,7 +23,7 @@ SEED, SAMPLE = 7, 10
 TASKS = ("sft", "pretrain", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "ppo")
 SPACE = (
     [f"task={task}" for task in TASKS],
-    ["optim=adamw", "optim=adamw_8bit", "optim=adafactor", "optim=lion", "optim=schedule_free"]
+    ["optim=adamw", "optim=adamw_8bit", "optim=adafactor", "optim=lion", "optim=schedule_free", "optim=muon"]
     + ["optim=galore optim.galore_rank=8 optim.galore_update_proj_gap=1"],
     ["lora=lora", "lora=dora lora.target_modules=[q_proj,down_proj]", "lora=rslora lora.dropout=0.1"]
     + ["lora=loraplus lora.r=4", "lora=none"],
@@ -36,7 +36,8 @@ SPACE = (
     ["training.neftune_alpha=0.0", "training.neftune_alpha=5.0"],
     ["training.freeze_layers=0", "training.freeze_layers=1", "training.freeze_ratio=0.5"],
     ["training.loss_watchdog=false", "training.loss_watchdog=true training.loss_watchdog_action=rollback"],
-    ["training.curriculum=false", "training.curriculum=true training.curriculum_buckets=3"],
+    ["training.curriculum=false", "training.curriculum=true training.curriculum_buckets=3"]
+    + ["training.curriculum=true training.curriculum_metric=loss"],
     ["training.gradient_accumulation_steps=1", "training.gradient_accumulation_steps=2"],
     ["training.max_grad_norm=1.0", "training.max_grad_norm=0.0"],
     ["training.max_steps=2", "training.max_steps=null training.epochs=0.1"],
