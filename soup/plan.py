@@ -13,6 +13,7 @@ from typing import Any
 
 from soup.device import Device
 from soup.errors import Problem, Refused
+from soup.model import attention, liger
 from soup.rules import is_moe
 from soup.schema import Config
 
@@ -181,6 +182,7 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
     decoder = shape(model)
     _within_context(config, model, lengths)
     _projects(config, decoder)
+    _runs(config, model, device)
     training, task, spread, lora = config.training, config.task, config.distributed, config.lora
     notes: dict[str, str] = {}
     adapters = adapter_parameters(config, decoder)
@@ -299,6 +301,14 @@ def _projects(config: Config, decoder: Shape) -> None:
         why = f"no linear layer of this model has more than {largest} inputs and outputs, so nothing is projected"
         fix = f"optim.galore_rank={max(1, largest // 4)}, or optim=adamw"
         raise Refused(Problem(key="optim.galore_rank", value=knobs["rank"], why=why, fix=fix))
+
+
+def _runs(config: Config, model: Mapping[str, Any], device: Device) -> None:
+    """Refuses kernels that were asked for and have nothing for this model, whatever the machine has."""
+    training = config.training
+    dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
+    attention.refuse_unfit(training.use_flash_attn, model, device.kind, dtype)
+    liger.refuse_unfit(training.use_liger, model, config.tree["lora"].get("target_modules", ()))
 
 
 def _frozen_layers(config: Config, decoder: Shape) -> int:

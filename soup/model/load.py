@@ -21,6 +21,7 @@ from transformers import (
 
 from soup.device import Device
 from soup.errors import Problem, Refused
+from soup.model.attention import attend
 from soup.specs import LoraSpec, ModelSpec
 
 SCORE = {"score.weight"}  # the head of a reward model, drawn from the seed
@@ -74,9 +75,17 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
 
 
 def load_model(
-    folder: Path, spec: ModelSpec, precise: Precision, device: Device, *, head: str = "causal"
+    folder: Path,
+    spec: ModelSpec,
+    precise: Precision,
+    device: Device,
+    *,
+    head: str = "causal",
+    attention: str = "auto",
 ) -> torch.nn.Module:
     """The causal language model, quantized if asked, on `device`; with `head="score"` it ends in one new number.
+
+    `attention` is `training.use_flash_attn`.
 
     Raises:
         Refused: the folder holds no such model, or not all of its weights.
@@ -103,6 +112,7 @@ def load_model(
             quantization_config=quantization,
             trust_remote_code=spec.trust_remote_code,
             output_loading_info=True,
+            attn_implementation=attend(attention, folder, spec, precise, device, head).implementation,
             **options,
         )
     complete(spec, loaded["missing_keys"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from soup.data.prepare import Prepared, prepare
 from soup.device import Device
 from soup.errors import Problem, Refused
 from soup.inputs import data_arguments
-from soup.model import unsloth
+from soup.model import liger, unsloth
+from soup.model.attention import Choice, attend
 from soup.model.freeze import freeze
 from soup.model.load import Precision, adapter, load_model, load_tokenizer, precision
 from soup.schema import Config, merge_arguments
@@ -33,6 +35,7 @@ class Built:
     model_folder: Path
     prepared: Mapping[str, Prepared]
     precision: Precision
+    attention: Choice | None  # `None` where Unsloth chooses
     tokenizer: Any
     trainer: Any
 
@@ -85,6 +88,7 @@ def build(config: Config, *, device: Device, model_folder: Path, output: Path) -
         model_folder=model_folder,
         prepared=prepared,
         precision=precise,
+        attention=_attention(config, model_folder, precise, device),
         tokenizer=tokenizer,
         trainer=trainer,
     )
@@ -92,7 +96,18 @@ def build(config: Config, *, device: Device, model_folder: Path, output: Path) -
         add_noise(built.model, config.training.neftune_alpha)
     if config.training.loss_watchdog:
         _watch(trainer, config)
+    if config.training.use_liger:
+        liger.put_on(trainer)
     return built
+
+
+def _attention(config: Config, folder: Path, precise: Precision, device: Device) -> Choice | None:
+    if config.backend.unsloth:
+        return None
+    choice = attend(config.training.use_flash_attn, folder, config.model, precise, device, config.task.head)
+    if "flash" in choice.implementation:
+        os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # read at each call: a resumed run is the same run
+    return choice
 
 
 def _watch(trainer: Any, config: Config) -> None:
@@ -109,7 +124,14 @@ def _model(config: Config, folder: Path, precise: Precision, device: Device) -> 
     """The model, and the adapters that the trainer is to add: none where Unsloth has added them."""
     if config.backend.unsloth:
         return unsloth.load_model(config, folder, precise), None
-    model = load_model(folder, config.model, precise, device, head=config.task.head)
+    model = load_model(
+        folder,
+        config.model,
+        precise,
+        device,
+        head=config.task.head,
+        attention=config.training.use_flash_attn,
+    )
     return model, adapter(config.lora, config.task.head, frozen=freeze(model, config.training))
 
 
