@@ -468,9 +468,9 @@ BEFORE = {
     # data
     "rows prepared again": ("", dropped("dataset_kwargs"), "data.train"),
     "length": ("data.max_length=40", DATA(max_length=512), "data.max_length"),
-    "skips what is too long": ("data.max_length=64", DATA(on_too_long="skip"), "data.on_too_long"),
+    "skips what is too long": ("data.max_length=180", DATA(on_too_long="skip"), "data.on_too_long"),
     "truncates what is too long": (
-        "data.max_length=64 data.on_too_long=skip",
+        "data.max_length=180 data.on_too_long=skip",
         DATA(on_too_long="truncate"),
         "data.on_too_long",
     ),
