@@ -14,6 +14,7 @@ from typing import Any
 from soup import mixture
 from soup.device import Device
 from soup.errors import Problem, Refused
+from soup.model import attention, liger
 from soup.model.groups import whole_groups
 from soup.packing import estimate
 from soup.rope import context as reach
@@ -240,6 +241,7 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
     _within_context(config, model, lengths)
     _projects(config, decoder)
     _quantizes(config, decoder, device, str(model.get("model_type")))
+    _runs(config, model, device)
     training, task, lora = config.training, config.task, config.lora
     notes: dict[str, str] = {} if stretched is None else {"context": f"{stretched.kind}: {stretched.reason}"}
     adapters = adapter_parameters(config, decoder)
@@ -404,6 +406,14 @@ def _quantizes(config: Config, decoder: Shape, device: Device, kind: str) -> Non
         why += f"inputs of {name} are"
         fix = "model.quantization=8bit or none"
         raise Refused(Problem(key="model.quantization", value="4bit", why=why, fix=fix))
+
+
+def _runs(config: Config, model: Mapping[str, Any], device: Device) -> None:
+    """Refuses kernels that were asked for and have nothing for this model, whatever the machine has."""
+    training = config.training
+    dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
+    attention.refuse_unfit(training.use_flash_attn, model, device.kind, dtype)
+    liger.refuse_unfit(training.use_liger, model, config.tree["lora"].get("target_modules", ()))
 
 
 def _frozen_layers(config: Config, decoder: Shape) -> int:

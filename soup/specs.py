@@ -204,6 +204,8 @@ class TrainingSpec(Spec):
     data_seed: int
     gradient_checkpointing: bool
     packing: bool
+    use_liger: bool
+    use_flash_attn: str
     neftune_alpha: float
     curriculum: bool
     curriculum_metric: str

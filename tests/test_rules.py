@@ -184,6 +184,11 @@ REFUSED = {
     "Muon for PPO": (("optim=muon", "task=ppo"), "optim"),
     "Muon, sharded": (("optim=muon", "distributed=zero2"), "distributed"),
     "DoRA on 8 bits": (("lora=dora", "model.quantization=8bit"), "lora.use_dora"),
+    "flash attention on a CPU": (("training.use_flash_attn=v3",), "training.use_flash_attn"),
+    "flash attention off with unsloth": (
+        ("backend=unsloth", "training.use_flash_attn=off"),
+        "training.use_flash_attn",
+    ),
     "float16 on a CPU": (("model.dtype=float16",), "model.dtype"),
     "preferences with unsloth on a CPU": (("backend=unsloth", "task=dpo"), "task"),
     "packing with unsloth on a CPU": (("backend=unsloth", "training.packing=true"), "training.packing"),
@@ -199,6 +204,37 @@ def test_what_cannot_work_is_refused(tree, overrides, key):
     config = schema.check(tree(*words))
     found = rules.facts(config, device="cpu", model_config=model)
     assert key in {problem.key for problem in rules.broken(found)}
+
+
+ON_A_GPU = {
+    "flash attention in 32 bits": (
+        ("training.use_flash_attn=v2", "model.dtype=float32"),
+        "training.use_flash_attn",
+    ),
+    "liger with unsloth": (("training.use_liger=true", "backend=unsloth"), "training.use_liger"),
+    "liger and stock kernels": (("training.use_liger=true", "backend.kernels=stock"), "training.use_liger"),
+    "liger, a task without its loss": (("training.use_liger=true", "task=orpo"), "training.use_liger"),
+    "liger, another number": (("training.use_liger=true", "task=kto"), "training.use_liger"),
+    "liger, a table of the reference": (
+        ("training.use_liger=true", "task=dpo", "task.precompute_ref=true"),
+        "training.use_liger",
+    ),
+    "liger, conservative DPO": (
+        ("training.use_liger=true", "task=dpo", "task.label_smoothing=0.1"),
+        "training.use_liger",
+    ),
+    "liger": (("training.use_liger=true",), None),
+    "flash attention": (("training.use_flash_attn=v2",), None),
+    "liger, GRPO": (("training.use_liger=true", "task=grpo"), None),
+}
+
+
+@pytest.mark.parametrize(("overrides", "key"), ON_A_GPU.values(), ids=ON_A_GPU.keys())
+def test_kernels_on_a_gpu(tree, overrides, key):
+    config = schema.check(tree(*overrides))
+    found = rules.facts(config, device="cuda", model_config={"model_type": "llama"})
+    assert {problem.key for problem in rules.broken(found)} == ({key} if key else set())
+    assert rules.pending(found) == []
 
 
 def test_problems_come_together(tree):

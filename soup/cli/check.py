@@ -15,7 +15,7 @@ from soup.cli.compose import Point
 from soup.data.report import Report
 from soup.device import Device, resolve
 from soup.errors import NotAvailableYet, Problem, Refused
-from soup.model import source
+from soup.model import attention, source
 from soup.model.names import untargeted
 from soup.plan import Lengths, Plan, plan
 from soup.rope import scorers_fit
@@ -113,6 +113,17 @@ def _here(config: Config, device: Device) -> list[Problem]:
                 value=config.launch.device,
                 why="this machine has no GPU",
                 fix="launch.device=auto; `soup plan` works for a device that is elsewhere",
+            )
+        )
+    asked = config.training.use_flash_attn
+    here = device.kind == "cuda" and config.launch.slurm is None and asked in attention.FLASH
+    if here and (why := attention.missing(asked)) is not None:
+        problems.append(
+            Problem(
+                key=attention.KEY,
+                value=asked,
+                why=why,
+                fix=f"pip install {attention.FLASH[asked].distribution}, or {attention.KEY}=auto",
             )
         )
     for package in dict.fromkeys(package for spec in config.specs() for package in spec.requires):

@@ -102,6 +102,15 @@ def encoded_rows(settings: Settings, split: str, tally: Tally, limit: int | None
         raise Refused(problems)
 
 
+def count(settings: Settings, split: str) -> tuple[int, Tally]:
+    """Examples that the rows of a split come to before any is tokenised, and the account of the bad ones."""
+    tally = Tally()
+    rows = _counted(read_rows(settings.files[split]), tally)
+    head = _head(rows)
+    tally.format = _format(settings, head, split)
+    return sum(1 for _ in _examples(settings, itertools.chain(head, rows), tally)), tally
+
+
 def _counted(rows: Iterable[Row | BadRowReport], tally: Tally) -> Iterator[Row | BadRowReport]:
     for row in rows:
         tally.read += 1

@@ -9,6 +9,7 @@ from typing import Any
 from soup.effects import Effect, same
 
 PROMPTS = 1000  # that are tokenised to see how long they are
+READ_BYTES = 2**25  # of data files, up to which their rows are counted once more
 
 
 def rows(built: Any) -> Iterator[Effect]:
@@ -58,8 +59,6 @@ def rows(built: Any) -> Iterator[Effect]:
     yield Effect("data.eval_fraction", asked, round(share, 4), near, f"{count} rows are held out")
     ok = data["format"] in ("auto", report.format)
     yield Effect("data.format", data["format"], report.format, ok, "what the rows were read as")
-    limit = data["max_samples"]
-    yield Effect("data.max_samples", limit, there, limit is None or there <= limit, "rows to train on")
     yield Effect(
         "data.on_bad_row",
         data["on_bad_row"],
@@ -69,6 +68,32 @@ def rows(built: Any) -> Iterator[Effect]:
     )
     streaming = type(trainer.train_dataset).__name__ == "IterableDataset"
     yield same("data.streaming", data["streaming"], streaming, type(trainer.train_dataset).__name__)
+
+
+def samples(built: Any) -> Iterator[Effect]:
+    """Rows that were prepared, against those that the files named by the configuration hold."""
+    from soup.data.build import count
+    from soup.data.settings import Settings
+    from soup.inputs import data_arguments
+
+    settings = Settings(**data_arguments(built.config, built.model_folder))
+    size = sum(file.stat().st_size for file in settings.files["train"])
+    reports = [built.prepared["train"].report]
+    if built.config.data.eval_fraction > 0:
+        reports.append(built.prepared["eval"].report)
+    kept, limit = sum(report.rows for report in reports), built.config.data.max_samples
+    if size > READ_BYTES:
+        ok = limit is None or kept <= limit
+        how = f"rows prepared; the files of {size // 2**20} MiB were not counted again"
+        yield Effect("data.max_samples", limit, kept, ok, how)
+        return
+    examples, tally = count(settings, "train")
+    report = reports[0]
+    lost = report.bad_total - tally.bad_total + report.skipped + report.dropped_nothing_left
+    whole = examples - lost
+    ok = kept == whole if limit is None else kept == min(limit, whole) or (kept == limit < examples)
+    how = f"{kept} rows were prepared; the files hold {examples}, of which {max(lost, 0)} were left out"
+    yield Effect("data.max_samples", limit, None if kept == whole and limit is None else kept, ok, how)
 
 
 def sequence_length(built: Any) -> Iterator[Effect]:
@@ -94,7 +119,10 @@ def sequence_length(built: Any) -> Iterator[Effect]:
     how += f"; {report.truncated} rows were truncated"
     yield Effect("data.max_length", data.max_length, longest, longest <= data.max_length, how)
     lost = f"{report.truncated} truncated, {report.skipped + report.dropped_nothing_left} left out"
-    ok = data.on_too_long == "truncate" or report.truncated == 0
+    did = {
+        kind for kind, rows in (("truncate", report.truncated), ("skip", report.skipped)) if rows
+    }  # neither, where a longer row is refused
+    ok = did <= {data.on_too_long}
     yield Effect("data.on_too_long", data.on_too_long, lost, ok, "counted while tokenising")
 
 

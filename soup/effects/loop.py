@@ -248,6 +248,15 @@ def processes(built: Any) -> Iterator[Effect]:
     yield same("distributed.nodes", distributed.nodes, world // distributed.processes, how)
 
 
+def device(built: Any) -> Iterator[Effect]:
+    """Where the model's parameters and the trainer's batches lie."""
+    asked = built.config.launch.device
+    found = {p.device.type for p in built.model.parameters()} | {built.trainer.args.device.type}
+    kinds = " and ".join(sorted(found))
+    ok = found == {built.device.kind if asked == "auto" else asked}
+    yield Effect("launch.device", asked, kinds, ok, f"parameters and batches; {built.device.reason}")
+
+
 def neftune(built: Any) -> Iterator[Effect]:
     """The noise on the embedding of a few tokens, in the passes that learn, and in those that do not."""
     import torch
@@ -295,26 +304,6 @@ def freezing(built: Any) -> Iterator[Effect]:
         ("freeze_ratio", training.freeze_ratio, frozen / len(trains)),
     ):
         yield Effect(f"training.{key}", wanted, wanted if ok and not wanted else effective, ok, how)
-
-
-def features_off(built: Any) -> Iterator[Effect]:
-    """What was not asked for is not there: each feature of the loop that is off, read from the live objects."""
-    trainer, model = built.trainer, built.model
-    tree = built.config.tree["training"]
-    classes = {type(module).__module__ for module in model.modules()}
-
-    def off(key: str, on: bool, how: str) -> Effect:
-        value = tree[key]
-        return Effect(f"training.{key}", value, value if not on else "on", not on, how)
-
-    liger = bool(trainer.args.use_liger_kernel) or any("liger" in name for name in classes)
-    yield off("use_liger", liger, "no module comes from liger_kernel")
-    attention = getattr(model.config, "_attn_implementation", None)
-    flash = "flash" in str(attention)
-    reason = "no CUDA device" if built.device.kind == "cpu" else "transformers' choice"
-    wanted = tree["use_flash_attn"]
-    how = f"attention: {attention}, because {reason}"
-    yield Effect("training.use_flash_attn", wanted, attention, wanted != "off" or not flash, how)
 
 
 def _batches(built: Any) -> Iterator[list[int]]:

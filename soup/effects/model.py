@@ -101,8 +101,11 @@ def kernels(built: Any) -> Iterator[Effect]:
     """Whose forward functions the modules run: each its own library's, but for the head's loss in chunks (TRL)."""
     asked = built.config.backend.kernels
     owners = {owner for module in built.model.modules() if (owner := forward_owner(module))}
-    foreign = sorted(owners - {"trl", "accelerate"})
+    asked_for = {"liger_kernel"} if built.config.training.use_liger else set()  # has a probe of its own
+    foreign = sorted(owners - {"trl", "accelerate"} - asked_for)
     how = "every module runs its library's own forward"
+    if asked_for:
+        how += ", or Liger's"
     if asked == "auto":
         how += "; soup has no kernels of its own yet"
     effective = "stock" if not foreign else ", ".join(foreign)

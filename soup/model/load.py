@@ -21,6 +21,7 @@ from transformers import (
 
 from soup.device import Device
 from soup.errors import Problem, Refused
+from soup.model.attention import attend
 from soup.model.qat import fake_quantize
 from soup.model.rope import forget, scaled_config
 from soup.rope import Scaling
@@ -85,6 +86,7 @@ def load_model(
     head: str = "causal",
     router: float | None = None,
     scaling: Scaling | None = None,
+    attention: str = "auto",
 ) -> torch.nn.Module:
     """The causal language model on `device`, quantized or computing as if it were (`soup.model.qat`) if asked.
 
@@ -92,6 +94,8 @@ def load_model(
 
     `router`: the coefficient of an MoE model's balancing loss, which the model reads as it is built; its own if `None`.
     `scaling`: of its rotary embedding.
+
+    `attention` is `training.use_flash_attn`.
 
     Raises:
         Refused: the folder holds no such model, or not all of its weights.
@@ -122,6 +126,7 @@ def load_model(
             quantization_config=quantization,
             trust_remote_code=spec.trust_remote_code,
             output_loading_info=True,
+            attn_implementation=attend(attention, folder, spec, precise, device, head).implementation,
             **options,
         )
     complete(spec, loaded["missing_keys"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from soup.data.prepare import Prepared, prepare
 from soup.device import Device
 from soup.errors import Problem, Refused
 from soup.inputs import data_arguments
-from soup.model import experts, source, unsloth
+from soup.model import experts, liger, source, unsloth
+from soup.model.attention import Choice, attend
 from soup.model.freeze import freeze
 from soup.model.load import Precision, adapter, load_model, load_tokenizer, precision
 from soup.model.qat import fake_quantize, fold_adapters
@@ -41,6 +43,7 @@ class Built:
     model_folder: Path
     prepared: Mapping[str, Prepared]
     precision: Precision
+    attention: Choice | None  # `None` where Unsloth chooses
     tokenizer: Any
     trainer: Any
 
@@ -107,6 +110,7 @@ def build(
         model_folder=model_folder,
         prepared=prepared,
         precision=precise,
+        attention=_attention(config, model_folder, precise, device),
         tokenizer=tokenizer,
         trainer=trainer,
     )
@@ -116,6 +120,8 @@ def build(
         add_noise(built.model, config.training.neftune_alpha)
     if config.training.loss_watchdog:
         _watch(trainer, config)
+    if config.training.use_liger:
+        liger.put_on(trainer)
     return built
 
 
@@ -125,6 +131,15 @@ def _simulate(built: Built) -> None:
     copy = getattr(built.trainer, "ref_model", None)
     if copy is not None and not any(hasattr(m, "weight_fake_quantizer") for m in copy.modules()):
         fake_quantize(copy, built.config.model)  # GRPO loads its frozen copy itself
+
+
+def _attention(config: Config, folder: Path, precise: Precision, device: Device) -> Choice | None:
+    if config.backend.unsloth:
+        return None
+    choice = attend(config.training.use_flash_attn, folder, config.model, precise, device, config.task.head)
+    if "flash" in choice.implementation:
+        os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # read at each call: a resumed run is the same run
+    return choice
 
 
 def _watch(trainer: Any, config: Config) -> None:
@@ -144,8 +159,16 @@ def _model(
     if config.backend.unsloth:
         return unsloth.load_model(config, folder, precise), None
     training, head = config.training, config.task.head
-    router = training.moe_aux_loss_coeff
-    model = load_model(folder, config.model, precise, device, head=head, router=router, scaling=stretched)
+    model = load_model(
+        folder,
+        config.model,
+        precise,
+        device,
+        head=head,
+        router=training.moe_aux_loss_coeff,
+        scaling=stretched,
+        attention=training.use_flash_attn,
+    )
     adapters = adapter(config.lora, head, frozen=freeze(model, training))
     return model, experts.place(adapters, model, training)
 

@@ -45,6 +45,8 @@ def train(run: Run, display: Display, stopper: Stopper) -> str:
         return "interrupted"
     _proved(built, run)
     say(f"precision: {built.precision.reason}")
+    if built.attention is not None:
+        say(f"attention: {built.attention}")
     checkpoint = run.last_checkpoint()
     cut_metrics(run.metrics, checkpoint)
     if checkpoint is not None:

@@ -1,6 +1,8 @@
 """The whole way: refusals with file and line, policies, splits, statistics and what the trainers read."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -377,3 +379,31 @@ def test_numbers_of_a_csv_file_are_texts(arguments, tmp_path):
     assert load(made)["difficulty"] == [2.5, -1.0]
     file.write_text("instruction,output,difficulty\nAdd.,It is.,hard\n")
     assert "'hard'" in refusal(arguments(train=str(file), numbers=("difficulty",)))[0].why
+
+
+THREADS = """
+import json, os, sys
+from pathlib import Path
+from soup.data.prepare import prepare
+arguments = json.loads(sys.argv[1])
+prepare(**arguments | {"model_folder": Path(arguments["model_folder"]), "cache": Path(arguments["cache"])})
+print(len(os.listdir("/proc/self/task")))
+"""
+
+
+def test_it_tokenises_on_as_many_threads_as_asked(arguments, tmp_path):
+    """In processes of their own: the tokenizer's pool of threads is made once."""
+    found = {}
+    for number in (1, 4):
+        given = arguments(pairs(2000), num_proc=number, cache=str(tmp_path / str(number)))
+        environment = {
+            "PYTHONPATH": ":".join(sys.path),
+            "TOKENIZERS_PARALLELISM": "true",
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", THREADS, json.dumps(given, default=str)],
+            env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        found[number] = int(done.stdout)
+    assert found[4] - found[1] == 3

@@ -527,6 +527,15 @@ BEFORE = {
     # data
     "rows prepared again": ("", dropped("dataset_kwargs"), "data.train"),
     "length": ("data.max_length=40", DATA(max_length=512), "data.max_length"),
+    "skips what is too long": ("data.max_length=180", DATA(on_too_long="skip"), "data.on_too_long"),
+    "truncates what is too long": (
+        "data.max_length=180 data.on_too_long=skip",
+        DATA(on_too_long="truncate"),
+        "data.on_too_long",
+    ),
+    "fewer samples": ("", DATA(max_samples=20), "data.max_samples"),
+    "more samples": ("data.max_samples=20", DATA(max_samples=None), "data.max_samples"),
+    "other samples": ("data.max_samples=20", DATA(max_samples=19), "data.max_samples"),
     "other evaluation": ("data.eval_fraction=0.2", DATA(eval_fraction=0.05), "data.eval_fraction"),
     # model
     "dtype": ("model.dtype=bfloat16", LOAD("dtype"), "model.dtype"),

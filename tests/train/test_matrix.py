@@ -33,6 +33,7 @@ SPACE = (
     ["model.dtype=auto", "model.dtype=bfloat16", "model.dtype=float32"],
     ["training.gradient_checkpointing=false", "training.gradient_checkpointing=true"],
     ["training.packing=false", "training.packing=true"],
+    ["training.use_flash_attn=auto", "training.use_flash_attn=off"],
     ["training.neftune_alpha=0.0", "training.neftune_alpha=5.0"],
     ["training.freeze_layers=0", "training.freeze_layers=1", "training.freeze_ratio=0.5"],
     ["training.loss_watchdog=false", "training.loss_watchdog=true training.loss_watchdog_action=rollback"],
