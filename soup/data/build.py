@@ -108,7 +108,7 @@ def count(settings: Settings, split: str) -> tuple[int, Tally]:
     rows = _counted(read_rows(settings.files[split]), tally)
     head = _head(rows)
     tally.format = _format(settings, head, split)
-    return sum(1 for _ in _examples(settings, itertools.chain(head, rows), tally)), tally
+    return sum(1 for _ in _examples(settings, itertools.chain(head, rows), tally, ())), tally
 
 
 def _counted(rows: Iterable[Row | BadRowReport], tally: Tally) -> Iterator[Row | BadRowReport]:
