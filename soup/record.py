@@ -112,6 +112,11 @@ class Run:
     def lock_file(self) -> Path:
         return self.folder / ".lock"
 
+    @property
+    def console(self) -> Path:
+        """What the run said, where it had no terminal of its own."""
+        return self.folder / "console.txt"
+
     def exists(self) -> bool:
         return self.config.is_file()
 
@@ -157,16 +162,20 @@ class Run:
         return "interrupted" if self.environment.is_file() else "new"
 
     def running(self) -> bool:
-        """Whether a live process holds the run's lock."""
-        from filelock import FileLock, Timeout
+        """Whether a live process holds the run's lock. Asks for a share of it, so that two who ask both hear no."""
+        import fcntl
 
-        if not self.lock_file.exists():
+        try:
+            lock = os.open(self.lock_file, os.O_RDONLY)
+        except FileNotFoundError:
             return False
         try:
-            with FileLock(self.lock_file, timeout=0):
-                return False
-        except Timeout:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
             return True
+        finally:
+            os.close(lock)
+        return False
 
     def finish(self, status: str, **details: Any) -> None:
         """Writes result.json, the last file of a run."""
