@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from soup.errors import Problem, RecordError, Refused
-from soup.record import Run, now, read_json, write, write_json
+from soup.record import DONE, Run, now, read_json, tail, write, write_json
+
+__all__ = ["DONE", "Sweep", "SweepPoint", "every", "find", "last_metrics", "record", "update"]
 
 FOLDER = "sweeps"
-DONE = ("finished", "pruned")  # what is not run again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,34 +193,19 @@ def update(sweep: Sweep, name: str, change: Any) -> Any:
     return content
 
 
-def progress(run: Run) -> dict[str, Any]:
-    """The last value of each metric of a run: of result.json once it is there, else the last lines logged."""
-    result = run.result()
-    if result is not None:
-        return result
-    return last_metrics(run.metrics)
+def last_metrics(run: Run, metric: str) -> dict[str, Any]:
+    """The last line of a run's metrics.jsonl, and the last value of one metric, without reading it all."""
+    lines = tail(run.metrics).splitlines()
+    marked = f'"{metric}"'.encode()
+    last = next((one for line in reversed(lines) if (one := _parsed(line))), {})
+    value = next((one for line in reversed(lines) if marked in line and (one := _parsed(line))), {})
+    return {metric: value.get(metric)} | last
 
 
-def last_metrics(path: Path, tail_bytes: int = 8192) -> dict[str, Any]:
-    """The last values at the end of a metrics.jsonl, without reading it all."""
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A line that is whole: the first of a tail may be the rest of one, the last the beginning of one."""
     try:
-        with path.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - tail_bytes))
-            lines = file.read().splitlines()
-    except FileNotFoundError:
-        return {}
-    last: dict[str, Any] = {}
-    for line in _parsed(lines):
-        last |= line
-    return last
-
-
-def _parsed(lines: Sequence[bytes]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            one = json.loads(line)
-        except ValueError:
-            continue  # the first is a rest of a line, the last may be the beginning of one
-        if isinstance(one, dict):
-            yield one
+        one = json.loads(line)
+    except ValueError:
+        return None
+    return one if isinstance(one, dict) else None

@@ -77,6 +77,8 @@ def test_a_sweep_is_found_by_its_beginning(recorded, tmp_path):
 
 def test_the_end_of_a_metrics_file(tmp_path):
     run = Run(tmp_path)
-    assert sweep.last_metrics(run.metrics) == {}
-    run.metrics.write_text("".join(f'{{"step": {n}, "loss": 1.0}}\n' for n in range(5000)) + '{"step": 5')
-    assert sweep.last_metrics(run.metrics) == {"step": 4999, "loss": 1.0}
+    assert sweep.last_metrics(run, "eval_loss") == {"eval_loss": None}
+    lines = [f'{{"step": {n}, "loss": 1.0}}\n' for n in range(5000)]
+    lines[4990] = '{"step": 4990, "eval_loss": 0.5}\n'
+    run.metrics.write_text("".join(lines) + '{"step": 5')
+    assert sweep.last_metrics(run, "eval_loss") == {"step": 4999, "loss": 1.0, "eval_loss": 0.5}

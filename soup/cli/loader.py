@@ -164,12 +164,23 @@ def _refuse_shadowed(own: Path, main: Path) -> None:
         )
 
 
-def _register_launchers() -> None:
-    """Makes the launchers known to Hydra under one import name, however soup was installed.
+def launcher(name: str) -> ModuleType:
+    """What starts and cancels sweeps of `launch=NAME`: `start(sweep, say)`, `cancel(sweep, say)`."""
+    _make_importable()
+    return importlib.import_module(f"{LAUNCHERS}._{name}")
 
-    A wheel has them at that name. A bare checkout has them in `launchers/`, and Hydra's plugin scan does not
-    see them in an editable install either (hydra#2359; drop the registration when it does).
+
+def _register_launchers() -> None:
+    """Makes the launchers known to Hydra, whose plugin scan does not see them in an editable install.
+
+    hydra#2359; drop the registration when it does.
     """
+    _make_importable()
+    Plugins.instance().register(importlib.import_module(f"{LAUNCHERS}.local").LocalLauncher)
+
+
+def _make_importable() -> None:
+    """Gives the launchers one import name: a wheel has them there, a bare checkout in `launchers/`."""
     checkout = Path(__file__).resolve().parents[2] / "launchers" / "__init__.py"
     if conf_dir().parent == checkout.parents[1] and LAUNCHERS not in sys.modules:
         spec = importlib.util.spec_from_file_location(
@@ -184,4 +195,3 @@ def _register_launchers() -> None:
         module = sys.modules[LAUNCHERS] = importlib.util.module_from_spec(spec)
         setattr(parent, name, module)
         spec.loader.exec_module(module)
-    Plugins.instance().register(importlib.import_module(f"{LAUNCHERS}.local").LocalLauncher)
