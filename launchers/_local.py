@@ -72,6 +72,9 @@ def _detach(sweep: Sweep, say: Say, only: Sequence[str] | None) -> int:
     if process.poll():
         say(f"it ended with status {process.returncode}; {sweep.log} says why")
         return 1
+    if process.poll() == 0:
+        say("there was nothing left to run")
+        return 0
     say(f"process {process.pid} runs it; this terminal may be closed")
     return 0
 
@@ -178,7 +181,8 @@ class Queue:
             if self.told == 0 and self.busy:
                 self.say("stopping: each run saves at its next step; once more stops at once")
             for worker in self.workers.values():
-                worker.signal(number)
+                # Of two equal signals in a row a process may see one; a killed run goes on from its last checkpoint.
+                worker.signal(number if self.told == 0 else signal.SIGKILL)
             self.told += 1
 
     def _ended(self, point: SweepPoint, status: int) -> None:

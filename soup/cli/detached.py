@@ -17,7 +17,9 @@ def main(words: list[str]) -> int:
     def say(text: str) -> None:
         print(text, flush=True)
 
-    return launcher("local").work(sweep, say, words[1:] or None) or results(sweep, say)
+    status = launcher("local").work(sweep, say, words[1:] or None)
+    ended = results(sweep, say)
+    return status or ended
 
 
 if __name__ == "__main__":

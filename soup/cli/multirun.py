@@ -52,7 +52,8 @@ def multirun(
     if not launch["wait"]:
         say(f"`soup status {sweep.id}` shows how it goes; also: logs, cancel, retry")
         return status
-    return status or results(sweep, say)
+    ended = results(sweep, say)
+    return status or ended
 
 
 def results(sweep: Sweep, say: Say) -> int:

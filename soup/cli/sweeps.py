@@ -7,7 +7,7 @@ from pathlib import Path
 
 from soup import sweep as sweeps
 from soup.cli.loader import launcher
-from soup.cli.multirun import INTERRUPTED, results
+from soup.cli.multirun import results
 from soup.errors import Problem, Refused
 from soup.sweep import DONE, Sweep
 
@@ -41,7 +41,8 @@ def retry(words: list[str], args: Namespace) -> int:
     if not record["settings"]["wait"]:
         say(f"`soup status {sweep.id}` shows how it goes; also: logs, cancel")
         return status
-    return INTERRUPTED if status == INTERRUPTED else max(status, results(sweep, say))
+    ended = results(sweep, say)
+    return status or ended
 
 
 def say(text: str) -> None:

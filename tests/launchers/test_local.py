@@ -77,11 +77,22 @@ def test_invalid_points_stop_the_sweep_or_are_left_out(shell, state_of):
 
 
 @pytest.mark.slow
-def test_what_is_not_identity_is_not_trained_twice(shell, state_of):
+def test_what_is_not_identity_is_not_trained_twice(shell):
     done = shell.run("-m", "run.name=a,b", "training.max_steps=1")
     assert done.status == 0
     assert "the same run as point 1" in done.out
     assert len(sweep.find(shell.root).points()) == 1
+
+
+@pytest.mark.slow
+def test_data_that_points_share_are_tokenised_once(shell, cache_folder):
+    def entries():
+        return {path for path in (cache_folder / "tokenised").glob("*") if path.is_dir()}
+
+    before = entries()
+    words = ("task=dpo,ipo", "optim.lr=1e-3,1e-4", "data.max_length=96", "training.max_steps=1")
+    assert shell.run("-m", *words, "launch.slots=2").status == 0
+    assert len(entries() - before) == 1
 
 
 @pytest.mark.slow
@@ -135,7 +146,7 @@ def test_killed_again_and_again(shell, until, losses):
 
 
 @pytest.mark.slow
-def test_two_parents_run_no_point_twice(shell, until):
+def test_two_parents_run_no_point_twice(shell):
     words = ("-m", "optim.lr=1e-3,2e-3,3e-3,4e-3", "training.max_steps=20", "training.logging_steps=1")
     first, second = shell.begin(*words), shell.begin(*words)
     assert first.wait(300) == 0, first.out.read_text()
