@@ -19,7 +19,7 @@ from soup.errors import Problem, Refused
 from soup.record import Run
 from soup.sweep import DONE, Sweep, SweepPoint
 
-FAILED, INTERRUPTED = 1, 130  # exit status
+FAILED = 1  # exit status
 PLANNED = ("peak_memory_bytes", "disk_bytes", "steps", "tokens", "parameters")
 Say = Callable[[str], None]
 
