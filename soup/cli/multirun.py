@@ -59,7 +59,11 @@ def multirun(
 def results(sweep: Sweep, say: Say) -> int:
     """Says what the runs came to, by the sweep's objective, and what failed; returns 1 where one is not finished."""
     objective = sweep.record()["objective"]
-    listed = [(point, run := sweep.run(point), run.state(), sweeps.progress(run)) for point in sweep.points()]
+    listed = []
+    for point in sweep.points():
+        run = sweep.run(point)
+        state, result = run.look()
+        listed.append((point, run, state, result or {}))
     done = [one for one in listed if one[2] in DONE]
     done.sort(key=lambda one: rank(one[3], objective))
     columns = dict.fromkeys((objective, "step", "loss", "eval_loss"))
