@@ -35,7 +35,7 @@ class Shell:
         out = self.folder / f"out{len(self.started)}.txt"
         with out.open("w") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "soup", *words, *(self.tiny if tiny else ()), f"run.root={self.root}"],
+                [sys.executable, "-m", "soup", *(self.tiny if tiny else ()), *words, f"run.root={self.root}"],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 text=True,
