@@ -30,10 +30,11 @@ def table(
     """A line for each point. `runs`: the run of each, `None` of one that is invalid or whose model is elsewhere."""
     pace = _pace(found, runs)
     first: dict[Path, int] = {}
-    rows = []
+    rows, reasons = [], []
     for place, (words, one, run) in enumerate(zip(differing(points), found, runs, strict=True), 1):
         if isinstance(one, Refused):
-            rows.append((words, f"invalid: {_short(one)}", *("-" for _ in HEADER[2:])))
+            rows.append((words, "invalid", *("-" for _ in HEADER[2:])))
+            reasons.append(f"invalid: {words}: {_short(one)}")
             continue
         plan = one.plan
         if run is not None and first.setdefault(run.folder, place) != place:
@@ -51,7 +52,7 @@ def table(
                 duration(seconds and seconds * plan.tokens),
             )
         )
-    told = lines(HEADER, rows)
+    told = lines(HEADER, rows) + reasons
     plans = [one.plan for one in found if isinstance(one, Checked)]
     return told + list(
         dict.fromkeys(plan.notes[name] for plan in plans for name in STANDS_IN if name in plan.notes)
