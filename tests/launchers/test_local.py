@@ -108,7 +108,7 @@ def test_ctrl_c_stops_at_the_next_step_and_the_same_command_goes_on(shell, until
 
     again = shell.run("-m", GRID, *LONG)
     assert again.status == 0, again.out
-    assert state_of(again.out, "optim.lr=1e-3").startswith("interrupted: resumes after step")
+    assert state_of(again.out, "optim.lr=0.001").startswith("interrupted: resumes after step")
     _equal_to_undisturbed(shell, runs, losses)
 
 
