@@ -183,3 +183,29 @@ def _imported(*argv):
     code = f"import sys; from soup.cli.main import main; main({list(argv)}); print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stderr.split()
+
+
+def test_results_come_by_their_objective_and_failures_with_their_error(tmp_path):
+    from soup.cli.multirun import results
+
+    scores = {"a": 2.0, "b": float("nan"), "c": 1.0, "d": None}
+    points = [SweepPoint(run=name, overrides=(f"x={name}",)) for name in (*scores, "bad")]
+    made = sweep.record(
+        tmp_path,
+        command=[],
+        settings={"name": "local", "wait": True, "slots": 1},
+        objective="score",
+        points=points,
+    )
+    for name, score in scores.items():
+        (tmp_path / name).mkdir()
+        Run(tmp_path / name).finish("finished", score=score, step=3)
+    (tmp_path / "bad").mkdir()
+    Run(tmp_path / "bad").finish("failed", error="ValueError: why\nmore")
+    said: list[str] = []
+    assert results(made, said.append) == 1
+    done = said[: said.index("\n1 of 5 points did not finish:")]
+    assert [line.split()[0] for line in done[2:]] == ["x=c", "x=a", "x=b", "x=d"]
+    assert said[-1].split(maxsplit=3) == ["x=bad", "bad", "failed", "ValueError: why"]
+    Run(tmp_path / "bad").finish("pruned")
+    assert results(made, said.append) == 0
