@@ -26,7 +26,7 @@ class Device:
 
 def resolve(requested: str) -> Device:
     """The device that `launch.device` stands for: `auto` is cuda where an NVIDIA driver is loaded."""
-    if requested == "cuda" or (requested == "auto" and _gpus()):
+    if requested == "cuda" or (requested == "auto" and gpus()):
         return Device(kind="cuda", bf16=True, reason="GPUs since Ampere compute bfloat16")
     flags = sorted(BF16_FLAGS & _cpu_flags())
     reason = f"this CPU has {', '.join(flags)}" if flags else "this CPU has no bfloat16 instructions"
@@ -50,11 +50,21 @@ def _memory() -> int:
     return min(found, int(limit)) if limit.isdigit() else found
 
 
-def _gpus() -> int:
+def slots(requested: int | str, device: Device) -> int:
+    """How many runs train at a time: `launch.slots`, of which auto is one for each GPU, and one without."""
+    if isinstance(requested, int):
+        return requested
+    return max(1, len(gpus())) if device.kind == "cuda" else 1
+
+
+def gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    every = [str(number) for number in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.strip() in ("", "-1"):
-        return 0
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    if visible is None or not every:
+        return every
+    named = [name.strip() for name in visible.split(",")]
+    return [] if named[0] in ("", "-1") else named
 
 
 @cache

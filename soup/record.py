@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from soup.errors import Problem, RecordError, Refused
 
 NOT_IDENTITY = ("run", "tracking", "launch")
 FINAL = ("finished", "failed", "interrupted", "diverged", "pruned")
+DONE = ("finished", "pruned")  # what is never trained again
 
 
 def run_id(tree: Mapping[str, Any], content: Mapping[str, str]) -> str:
@@ -112,6 +114,11 @@ class Run:
     def lock_file(self) -> Path:
         return self.folder / ".lock"
 
+    @property
+    def console(self) -> Path:
+        """What the run said, where it had no terminal of its own."""
+        return self.folder / "console.txt"
+
     def exists(self) -> bool:
         return self.config.is_file()
 
@@ -149,24 +156,29 @@ class Run:
 
     def state(self) -> str:
         """new, running, interrupted, or what result.json says."""
-        if self.running():
-            return "running"
-        result = self.result()
+        return self.look()[0]
+
+    def look(self) -> tuple[str, dict[str, Any] | None]:
+        """State and result. Plain strings and system calls, since `soup status` asks this of 10,000 runs."""
+        folder = str(self.folder)
+        try:
+            with open(f"{folder}/result.json", "rb") as file:
+                result = json.loads(file.read().decode())
+        except FileNotFoundError:
+            result = None
+        except (OSError, ValueError) as error:
+            raise RecordError(f"{self.result_file}: {error}") from error
+        if result is not None and result["status"] in DONE:
+            return result["status"], result
+        if _held(f"{folder}/.lock"):
+            return "running", None
         if result is not None:
-            return str(result["status"])
-        return "interrupted" if self.environment.is_file() else "new"
+            return result["status"], result
+        return ("interrupted" if os.path.exists(f"{folder}/env.json") else "new"), None
 
     def running(self) -> bool:
         """Whether a live process holds the run's lock."""
-        from filelock import FileLock, Timeout
-
-        if not self.lock_file.exists():
-            return False
-        try:
-            with FileLock(self.lock_file, timeout=0):
-                return False
-        except Timeout:
-            return True
+        return _held(str(self.lock_file))
 
     def finish(self, status: str, **details: Any) -> None:
         """Writes result.json, the last file of a run."""
@@ -174,8 +186,7 @@ class Run:
 
     def log_tail(self) -> str:
         """The last line of what the training process printed."""
-        path = self.folder / "log.txt"
-        lines = path.read_text(errors="replace").strip().splitlines() if path.is_file() else []
+        lines = tail(self.folder / "log.txt").decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else ""
 
 
@@ -258,6 +269,31 @@ def environment() -> dict[str, Any]:
         "source": source_hash(),
         "packages": {item.metadata["Name"]: item.version for item in distributions()},
     }
+
+
+def tail(path: Path, count: int = 8192) -> bytes:
+    """The last bytes of a file; none of one that is not there."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - count))
+            return file.read()
+    except FileNotFoundError:
+        return b""
+
+
+def _held(lock: str) -> bool:
+    """Whether a process holds this lock. Asks for a share of it, so that two who ask both hear no."""
+    try:
+        descriptor = os.open(lock, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def read_json(path: Path) -> Any:

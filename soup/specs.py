@@ -179,10 +179,10 @@ class TrackerSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchSpec(Spec):
-    """Where runs execute. `device` is auto, cpu or cuda."""
+    """Where runs execute. `device` is auto, cpu or cuda; `slots` a number or auto."""
 
     device: str
-    slots: int
+    slots: int | str
     wait: bool
     invalid: str
     slurm: Mapping[str, Any] | None = None

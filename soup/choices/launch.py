@@ -14,8 +14,8 @@ Count = Annotated[int, Ge(1)]
 Name = Annotated[str, Len(1)]
 
 
-def local(*, device: Device, slots: Count, wait: bool, invalid: Invalid) -> LaunchSpec:
-    """This machine; `slots` runs at a time share its cores."""
+def local(*, device: Device, slots: Count | Literal["auto"], wait: bool, invalid: Invalid) -> LaunchSpec:
+    """This machine; `slots` runs at a time share its cores and GPUs."""
     return LaunchSpec(device=device, slots=slots, wait=wait, invalid=invalid)
 
 

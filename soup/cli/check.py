@@ -51,7 +51,11 @@ def checked(points: Sequence[Point], *, train: bool) -> list[Checked | Refused]:
 
 def valid(points: Sequence[Point], *, train: bool) -> list[Checked]:
     """All points, or one refusal with the problems of every invalid one; `launch.invalid=skip` leaves those out."""
-    found = checked(points, train=train)
+    return admitted(points, checked(points, train=train))
+
+
+def admitted(points: Sequence[Point], found: Sequence[Checked | Refused]) -> list[Checked]:
+    """The same, of points that have been checked."""
     bad = [(point, one) for point, one in zip(points, found, strict=True) if isinstance(one, Refused)]
     good = [one for one in found if isinstance(one, Checked)]
     skip = good and all(one.config.launch.invalid == "skip" for one in good)

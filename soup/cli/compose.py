@@ -20,6 +20,7 @@ from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from soup.cli.loader import hydra
+from soup.cli.search import Search, taken
 from soup.errors import NotAvailableYet, Problem, Refused
 
 # What soup reads of Hydra's own settings; the process that trains never sees Hydra.
@@ -56,6 +57,7 @@ def drive(args: Namespace, action: Action) -> Any:
     Raises:
         Refused: with every problem found, before `action` is called.
     """
+    search, args.overrides = taken(args.overrides, multirun=args.multirun)
     with hydra(args) as engine:
         if not args.multirun:
             cfg = engine.compose_config(args.config_name, args.overrides, RunMode.RUN)
@@ -63,7 +65,7 @@ def drive(args: Namespace, action: Action) -> Any:
             _launcher(cfg, args)
             if cfg.hydra.mode != RunMode.MULTIRUN:
                 return action((point(cfg),))
-        return _sweep(engine, args, action)
+        return _sweep(engine, args, action, search)
 
 
 def point(cfg: DictConfig) -> Point:
@@ -143,7 +145,7 @@ def _launcher(cfg: DictConfig, args: Namespace) -> str:
     return wanted
 
 
-def _sweep(engine: Hydra, args: Namespace, action: Action) -> Any:
+def _sweep(engine: Hydra, args: Namespace, action: Action, search: Search) -> Any:
     cfg, task_overrides = _master(engine, args)
     _refuse_unread(cfg)
     launcher = _launcher(cfg, args)
@@ -161,6 +163,8 @@ def _sweep(engine: Hydra, args: Namespace, action: Action) -> Any:
     with TemporaryDirectory(prefix="soup-sweep-") as scratch:
         cfg.hydra.sweep.dir = scratch  # where sweepers insist on writing; soup's record lies under run.root
         sweeper = _sweeper(engine, cfg, run)
+        if search != Search():
+            _search_with(sweeper, search, cfg)
         try:
             sweeper.sweep(task_overrides)
         except (HydraException, ValueError, AssertionError) as error:  # of range(1,5,0) and the like
@@ -205,6 +209,16 @@ def _sweeper(engine: Hydra, cfg: DictConfig, run: Callable[[Sequence[Point]], An
     # It would compose every point once more, and stop at the first that fails; the launcher reports all.
     sweeper.validate_batch_is_legal = lambda _batch: None
     return sweeper
+
+
+def _search_with(sweeper: Any, search: Search, cfg: DictConfig) -> None:
+    if not hasattr(
+        sweeper, "split_arguments"
+    ):  # Hydra's plugin scan makes a second BasicSweeper: no isinstance
+        choice = cfg.hydra.runtime.choices["hydra/sweeper"]
+        why = "chooses its points itself, and reads no sweep.zip and sweep.random"
+        raise Refused(Problem(key="hydra/sweeper", value=choice, why=why, fix="drop one of the two"))
+    sweeper.split_arguments = search.split
 
 
 def _refuse_mixed(points: Sequence[Point], cfg: DictConfig, task_overrides: Sequence[str]) -> None:

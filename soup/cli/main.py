@@ -33,10 +33,12 @@ COMMANDS = {
     "data": Command("soup.cli.data:data", "the data as the model sees it: masks, lengths, rejected rows"),
     "why": Command("soup.cli.why:why", "which rules speak about this combination"),
     "runs": Command("soup.cli.runs:runs", "[show|compare|resume|export] [ID...]", composes=False, json=True),
-    "status": Command(None, "where a sweep stands", composes=False),
-    "logs": Command(None, "what its runs wrote", composes=False),
-    "cancel": Command(None, "stop it", composes=False),
-    "retry": Command(None, "run again what failed", composes=False),
+    "status": Command(
+        "soup.cli.status:status", "[SWEEP] [--watch]: where a sweep stands", composes=False, json=True
+    ),
+    "logs": Command("soup.cli.logs:logs", "[-f] [SWEEP] [POINT]: what its runs say", composes=False),
+    "cancel": Command("soup.cli.sweeps:cancel", "[SWEEP]: its runs save and stop", composes=False),
+    "retry": Command("soup.cli.sweeps:retry", "[SWEEP]: run what is not finished", composes=False),
     "doctor": Command(None, "what this machine can run", composes=False),
 }
 
@@ -111,6 +113,7 @@ def parse(argv: Sequence[str]) -> Namespace:
         Refused: a flag, word or combination that makes no sense, all of those found.
     """
     args = Parser().parse_intermixed_args(_separate_info(argv))
+    args.argv = list(argv)
     if args.config_name is None:
         args.config_name = "config"
     plain = [word for word in args.overrides if "=" not in word and not word.startswith("~")]
@@ -147,6 +150,8 @@ class Parser(ArgumentParser):
         self.add_argument("--json", action="store_true")
         self.add_argument("--merged", action="store_true")
         self.add_argument("--quantized", action="store_true")
+        self.add_argument("--watch", action="store_true")
+        self.add_argument("--follow", "-f", action="store_true")
 
     def error(self, message: str) -> NoReturn:
         raise Refused(Problem(key="command line", why=message, fix="`soup --help` lists commands and flags"))
@@ -179,9 +184,15 @@ def _misused_flags(args: Namespace, command: Command) -> list[Problem]:
         takers = ", ".join(name for name, one in COMMANDS.items() if one.json)
         fix = f"drop it; these take --json: {takers}"
         problems.append(Problem(key="--json", why=f"`{args.command}` prints no JSON", fix=fix))
-    for flag, value in (("--merged", args.merged), ("--quantized", args.quantized)):
-        if value and args.command != "runs":
-            problems.append(Problem(key=flag, why="is for `runs export` only", fix="drop it"))
+    for flag, command_, use in (
+        ("merged", "runs", "runs export"),
+        ("quantized", "runs", "runs export"),
+        ("watch", "status", ""),
+        ("follow", "logs", ""),
+    ):
+        if getattr(args, flag) and args.command != command_:
+            why = f"is for `{use or command_}` only"
+            problems.append(Problem(key=f"--{flag}", why=why, fix="drop it"))
     if args.experimental_rerun:
         fix = "`soup runs resume ID` continues a run from its folder"
         problems.append(Problem(key="--experimental-rerun", why="soup keeps no pickles", fix=fix))

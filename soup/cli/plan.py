@@ -7,12 +7,13 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from soup.cli.check import Checked, checked, valid
-from soup.cli.compose import Point, differing
+from soup.cli.check import Checked, admitted, checked, valid
+from soup.cli.compose import Point
+from soup.cli.points import STANDS_IN, table, whereabouts
+from soup.cli.table import size
 from soup.errors import Refused
 from soup.plan import Plan
-
-STANDS_IN = ("model", "lengths")  # notes of a plan for a model that is not on this machine
+from soup.record import Run
 
 
 def plan(points: Sequence[Point], args: Namespace) -> int:
@@ -22,41 +23,21 @@ def plan(points: Sequence[Point], args: Namespace) -> int:
         print(json.dumps(one.plan.to_dict(), indent=2)) if args.json else _show(one)
         return 0
     found = checked(points, train=False)
+    runs = [whereabouts(one) for one in found]
     if args.json:
-        print(json.dumps([_row(point, one) for point, one in zip(points, found, strict=True)], indent=2))
+        rows = [_row(*each) for each in zip(points, found, runs, strict=True)]
+        print(json.dumps(rows, indent=2))
     else:
-        _table(points, found)
-    bad = [one for one in found if isinstance(one, Refused)]
-    if bad:
-        valid(points, train=False)  # refuses, with the reasons, unless launch.invalid=skip
+        print("\n".join(table(points, found, runs)))
+    admitted(points, found)  # refuses, with the reasons, unless launch.invalid=skip
     return 0
 
 
-def _row(point: Point, one: Checked | Refused) -> dict[str, Any]:
+def _row(point: Point, one: Checked | Refused, run: Run | None) -> dict[str, Any]:
     told: dict[str, Any] = {"overrides": list(point.overrides), "valid": isinstance(one, Checked)}
+    if run is not None:
+        told |= {"run": run.id, "state": run.state()}
     return told | (one.plan.to_dict() if isinstance(one, Checked) else {"problems": str(one).splitlines()})
-
-
-def _table(points: Sequence[Point], found: Sequence[Checked | Refused]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for name in ("point", "valid", "memory", "steps", "tokens", "disk"):
-        table.add_column(name, overflow="fold")
-    for words, one in zip(differing(points), found, strict=True):
-        if isinstance(one, Refused):
-            table.add_row(words, "no", *("-" for _ in range(4)))
-        else:
-            p = one.plan
-            table.add_row(
-                words, "yes", _bytes(p.peak_memory_bytes), str(p.steps), f"{p.tokens:,}", _bytes(p.disk_bytes)
-            )
-    console = Console(highlight=False)
-    console.print(table)
-    plans = [one.plan for one in found if isinstance(one, Checked)]
-    for note in dict.fromkeys(plan.notes[name] for plan in plans for name in STANDS_IN if name in plan.notes):
-        console.print(note, markup=False)
 
 
 def _show(one: Checked) -> None:
@@ -76,20 +57,14 @@ def _show(one: Checked) -> None:
         ("tokens a step", f"{p.tokens_per_step:,}", p.notes["tokens_per_step"]),
         ("steps", f"{p.steps:,}", p.notes["steps"]),
         ("tokens", f"{p.tokens:,}", "sampled: from the first rows" if p.sampled else "not counting padding"),
-        ("peak memory", _bytes(p.peak_memory_bytes), p.notes["memory"]),
-        *((f"  {name}", _bytes(size), "") for name, size in p.memory.items()),
+        ("peak memory", size(p.peak_memory_bytes), p.notes["memory"]),
+        *((f"  {name}", size(amount), "") for name, amount in p.memory.items()),
         ("devices", str(p.devices or "none"), p.notes["devices"]),
         *([("context", "", p.notes["context"])] if "context" in p.notes else []),
-        *([("host memory", _bytes(p.host_memory_bytes), "offloaded")] if p.host_memory_bytes else []),
-        ("disk", _bytes(p.disk_bytes), p.notes["disk"]),
+        *([("host memory", size(p.host_memory_bytes), "offloaded")] if p.host_memory_bytes else []),
+        ("disk", size(p.disk_bytes), p.notes["disk"]),
         *((name, "", p.notes[name]) for name in ("packing", "curriculum", *STANDS_IN) if name in p.notes),
     )
     for row in rows:
         table.add_row(*row)
     Console(highlight=False).print(table)
-
-
-def _bytes(size: float) -> str:
-    from rich.filesize import decimal
-
-    return decimal(round(size))

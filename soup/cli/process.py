@@ -26,14 +26,18 @@ def train(run: Run, *words: str) -> int:
     The child has a process group of its own, so that a terminal's Ctrl-C reaches it once: from here.
     """
     recorded = read_json(run.environment) or {}
-    count = str(recorded.get("threads", threads(1)))
-    environment = os.environ | {
-        "OMP_NUM_THREADS": count,
-        "MKL_NUM_THREADS": count,
+    environment = variables(recorded.get("threads", threads(1)))
+    return child(["-m", "soup.train", *words, str(run.folder)], os.environ | environment)
+
+
+def variables(threads: int) -> dict[str, str]:
+    """What a training process finds in its environment beside ours; libraries read it as they are imported."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
-    return child(["-m", "soup.train", *words, str(run.folder)], environment)
 
 
 def child(

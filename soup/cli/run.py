@@ -9,35 +9,37 @@ from typing import Any
 
 from soup import inputs
 from soup.cli import hints
-from soup.cli.check import Checked, valid
-from soup.cli.compose import Point, differing
+from soup.cli.check import Checked, admitted, checked
+from soup.cli.compose import Point
+from soup.cli.multirun import FAILED, multirun
 from soup.cli.process import threads, train
+from soup.cli.table import summary
+from soup.device import slots
+from soup.errors import Refused
 from soup.record import Run, environment, place, run_id, write_json
 
-FAILED, INTERRUPTED = 1, 130  # exit status
 
-
-def run(points: Sequence[Point], args: Namespace) -> int:  # noqa: ARG001
+def run(points: Sequence[Point], args: Namespace) -> int:
     """Trains every point; returns the exit status."""
     from rich.console import Console
 
     console = Console(highlight=False)
-    ready = valid(points, train=True)
-    if hint := hints.unsloth(ready):
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    found = checked(points, train=True)
+    if hint := hints.unsloth([one for one in found if isinstance(one, Checked)]):
         Console(stderr=True, highlight=False).print(hint, soft_wrap=True)
-    if len(ready) < len(points):
-        console.print(f"{len(points) - len(ready)} of {len(points)} points are invalid and left out")
-    placed = [(one, settle(one)) for one in ready]
-    status = 0
-    for number, (one, where) in enumerate(placed, 1):
-        if len(placed) > 1:
-            console.rule(f"{number} of {len(placed)}: {' '.join(one.point.overrides)}", align="left")
-        status = max(status, _one(where, one, console))
-        if status == INTERRUPTED:
-            break
-    if len(placed) > 1:
-        _results(placed, console)
-    return status
+    if len(points) > 1 or args.multirun or not _here(found[0]):
+        return multirun(points, found, args, settle, say)
+    (one,) = admitted(points, found)
+    return _one(settle(one), one, console)
+
+
+def _here(one: Checked | Refused) -> bool:
+    """Whether a single run is to train in front of who asks for it."""
+    return isinstance(one, Refused) or (one.config.launch.slurm is None and one.config.launch.wait)
 
 
 def settle(one: Checked) -> Run:
@@ -56,7 +58,7 @@ def settle(one: Checked) -> Run:
 def _one(where: Run, one: Checked, console: Any) -> int:
     state = where.state()
     if state == "finished":
-        console.print(f"run {where.id} is finished: {_summary(where)}")
+        console.print(f"run {where.id} is finished: {summary(where)}")
         console.print(f"it lies in {where.folder}; run.resume=never trains it again in a new folder")
         return 0
     verb = {
@@ -79,11 +81,14 @@ def _one(where: Run, one: Checked, console: Any) -> int:
         f"{planned['steps']} steps; predicted peak memory {planned['peak_memory_bytes'] / 2**30:.2f} GiB"
     )
     if not where.environment.is_file():
-        write_json(where.environment, environment() | {"threads": threads(one.config.launch.slots)})
+        write_json(
+            where.environment,
+            environment() | {"threads": threads(slots(one.config.launch.slots, one.device))},
+        )
     status = train(where)
     state = where.state()
     if state == "finished":
-        console.print(f"finished: {_summary(where)}")
+        console.print(f"finished: {summary(where)}")
         console.print(f"the model is in {where.model}")
     elif state == "interrupted":
         console.print(f"interrupted; the same command continues it ({where.folder})")
@@ -93,26 +98,3 @@ def _one(where: Run, one: Checked, console: Any) -> int:
         console.print(f"the training process died of signal {-status}; the same command continues the run")
         return FAILED
     return status
-
-
-def _results(placed: Sequence[tuple[Checked, Run]], console: Any) -> None:
-    """The points of a sweep by their objective, smallest first; those without one last."""
-    from soup.cli.runs import table
-
-    objective = placed[0][0].config.run.objective
-
-    def rank(item: tuple[Checked, Run]) -> float:
-        value = (item[1].result() or {}).get(objective)
-        return value if isinstance(value, int | float) else float("inf")
-
-    console.print(f"\nby {objective}, smallest first:")
-    ordered = sorted(placed, key=rank)
-    console.print(table([where for _, where in ordered], differing([one.point for one, _ in ordered])))
-
-
-def _summary(where: Run) -> str:
-    result = where.result() or {}
-    shown = {
-        key: result[key] for key in ("step", "loss", "reward", "eval_loss") if result.get(key) is not None
-    }
-    return ", ".join(f"{key} {value:.4g}" for key, value in shown.items())

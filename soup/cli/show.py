@@ -35,10 +35,13 @@ Examples
   soup data.train=rows.jsonl training.epochs=3        your own rows
   soup plan task=dpo lora=dora model=hub model.base=./folder
   soup --multirun lora.r=8,16,32 optim.lr=1e-4,2e-4   a sweep of six runs
+  soup --multirun sweep.zip=[lora.r,lora.alpha] lora.r=8,16 lora.alpha=16,32      two: values in pairs
+  soup --multirun sweep.random=20 'optim.lr=tag(log,interval(1e-5,1e-3))'         twenty, drawn by sweep.seed
 
 Flags
   --multirun  a sweep          --cfg job  the composed configuration   --info  how it came about
-  --json      plan prove runs  --config-dir DIR  your own YAML         --shell-completion install=bash
+  --json      plan prove runs status      --watch  status              -f  logs
+  --config-dir DIR  your own YAML         --shell-completion install=bash
   --version                    --hydra-help  Hydra's flags and groups
 """
 

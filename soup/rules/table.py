@@ -570,5 +570,4 @@ RULES: tuple[Rule, ...] = (
     _pending("tracking.mlflow", Not(None)),
     _pending("tracking.trackio", Not(None)),
     _pending("launch", "slurm"),
-    _pending("launch.wait", False),
 )

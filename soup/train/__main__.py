@@ -1,7 +1,8 @@
-"""`python -m soup.train [--prove] FOLDER`: the training process. Reads that folder, and prints progress.
+"""`python -m soup.train [--prove] [--if-free] FOLDER`: the training process. Reads that folder, and prints progress.
 
 Everything that libraries print goes to log.txt; the terminal gets what soup says. Exit status: 0 finished,
-1 failed, diverged or a setting without effect, 2 refused, 130 interrupted.
+1 failed, diverged or a setting without effect, 2 refused, 130 interrupted, 75 with --if-free where another
+process has the run.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from soup.errors import RecordError, Refused
 from soup.model import unsloth
 from soup.record import Run, write_json
 from soup.schema import check
-from soup.train.stopper import INTERRUPTED, Stopper
+from soup.train.stopper import BUSY, INTERRUPTED, Stopper
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 EXIT = {"finished": 0, "interrupted": INTERRUPTED}
@@ -41,13 +42,15 @@ class Terminal(io.TextIOWrapper):
         return len(text)
 
 
-def main(words: list[str]) -> int:
-    """Trains or proves one run folder; returns the exit status."""
-    prove_only = words[0] == "--prove"
+def main(words: list[str], *, parent: int | None = None) -> int:
+    """Trains or proves one run folder; returns the exit status. `parent`: what forked this process for it."""
+    prove_only, if_free = "--prove" in words, "--if-free" in words
     run = Run(Path(words[-1]))
     stopper = Stopper()
     stopper.install()
-    _die_with_parent()
+    die_with_parent()
+    if parent is not None and os.getppid() != parent:
+        return INTERRUPTED  # it died before it could be watched
     console_fd = _library_output_to(run.folder / "log.txt")
 
     from filelock import FileLock
@@ -55,8 +58,8 @@ def main(words: list[str]) -> int:
 
     lock = FileLock(run.lock_file)
     with Terminal(console_fd) as stream:
-        if not _acquire(lock, stopper):
-            return INTERRUPTED
+        if not _acquire(lock, stopper, wait=not if_free):
+            return INTERRUPTED if stopper.asked else BUSY
         console = Console(file=stream)
         try:
             if (run.result() or {}).get("status") == "finished":
@@ -111,18 +114,20 @@ def _failed(run: Run, console: Any, error: str, *, status: int = 1, **details: s
     return status
 
 
-def _acquire(lock: Any, stopper: Stopper) -> bool:
-    """Waits for the run's lock; false where the wait was asked to stop."""
+def _acquire(lock: Any, stopper: Stopper, *, wait: bool) -> bool:
+    """Waits for the run's lock, or takes a look at it; false where it is held, or the wait was asked to stop."""
     from filelock import Timeout
 
     while stopper.asked is None:
         with suppress(Timeout):
-            lock.acquire(timeout=1)
+            lock.acquire(timeout=1)  # who asks whether it is held has it for a moment
             return True
+        if not wait:
+            break
     return False
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """A parent that dies takes this process along: it is asked to save and stop, as by SIGTERM."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

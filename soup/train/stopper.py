@@ -6,7 +6,9 @@ import os
 import signal
 from types import FrameType
 
-INTERRUPTED = 130  # exit status
+# Exit statuses of a training process that ended neither well nor badly.
+INTERRUPTED = 130  # asked to stop; goes on from its checkpoint
+BUSY = 75  # EX_TEMPFAIL of sysexits.h: another process has the run
 
 
 class Stopper:
@@ -18,6 +20,8 @@ class Stopper:
     def install(self) -> None:
         for one in (signal.SIGINT, signal.SIGTERM):
             signal.signal(one, self._ask)
+        # A fork server blocks them until here.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
         if self.asked is not None and number == signal.SIGINT:

@@ -1,9 +1,13 @@
 """A sweep is composed and checked whole before anything is called."""
 
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+from soup.cli.loader import SoupLoader
 
 
 def test_all_points_in_one_call(shell):
@@ -37,6 +41,32 @@ def test_a_key_that_only_the_swept_choices_have(shell):
     result = shell.run("-m", "task=dpo,sft", "task.beta=0.2")
     assert result.status == 2
     assert "task.beta=0.2: no such key" in result.err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["task=dpo,sft", "lora.r=1,2", "optim.lr=1e-3", "training.max_steps=null,3"],
+        ["lora.target_modules=[q_proj],[k_proj,v_proj]", "experiment=quickstart"],
+        ["+mine.a=1,2", "lora.r=3"],
+        ["run.name=a,b", "lora.r=3,4"],
+        ["run.name=${lora.r}", "lora.r=3,4"],
+        ["tracking=[wandb,tensorboard]", "tracking.wandb.tags=[a],[b]"],
+        ["model.chat_template='a,b',c", "lora=lora,dora", "lora.alpha=4"],
+    ],
+)
+def test_points_are_those_that_hydra_composes(shell, argv, monkeypatch):
+    """Most points are not composed anew; they must not differ from those that are."""
+    quick = shell.points("-m", *argv)
+    monkeypatch.setattr(SoupLoader, "load_sweep_config", ConfigLoaderImpl.load_sweep_config)
+    assert quick == shell.points("-m", *argv)
+    assert len(quick) > 1
+
+
+def test_a_hundred_points_are_composed_in_a_fraction_of_hydras_time(shell):
+    begin = time.process_time()
+    assert len(shell.points("-m", "training.seed=range(0,100)")) == 100
+    assert time.process_time() - begin < 5, "Hydra's own way takes 8"
 
 
 def test_the_worst_status_of_a_batched_sweep(shell):

@@ -1,0 +1,173 @@
+"""A sweep from its checked points to its results: the table of points, the record on disk, the launcher, the tables."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from soup import sweep as sweeps
+from soup.cli import points as before
+from soup.cli.check import Checked, admitted
+from soup.cli.compose import Point, differing
+from soup.cli.status import error
+from soup.cli.table import lines, number, size
+from soup.errors import Problem, Refused
+from soup.record import Run
+from soup.sweep import DONE, Sweep, SweepPoint
+
+FAILED = 1  # exit status
+PLANNED = ("peak_memory_bytes", "disk_bytes", "steps", "tokens", "parameters")
+Say = Callable[[str], None]
+
+
+def multirun(
+    points: Sequence[Point],
+    found: Sequence[Checked | Refused],
+    args: Namespace,
+    settle: Callable[[Checked], Run],
+    say: Say,
+) -> int:
+    """Shows all points, then runs those that are not finished; returns the exit status."""
+    from soup.cli.loader import launcher
+
+    try:
+        ready = admitted(points, found)
+        _alike(ready)
+    except Refused:
+        for line in before.table(points, found, [before.whereabouts(one) for one in found]):
+            say(line)
+        raise
+    runs = [settle(one) if isinstance(one, Checked) else None for one in found]
+    for line in before.table(points, found, runs):
+        say(line)
+    sweep = _record(points, found, runs, args)
+    say(f"\nsweep {sweep.id}: {_counts(sweep.states().values())}")
+    _say_costs(ready, [run for run in runs if run is not None], say)
+    launch = ready[0].config.tree["launch"]
+    status = launcher(launch["name"]).start(sweep, say)
+    if not launch["wait"]:
+        say(f"`soup status {sweep.id}` shows how it goes; also: logs, cancel, retry")
+        return status
+    ended = results(sweep, say)
+    return status or ended
+
+
+def results(sweep: Sweep, say: Say) -> int:
+    """Says what the runs came to, by the sweep's objective, and what failed; returns 1 where one is not finished."""
+    objective = sweep.record()["objective"]
+    listed = []
+    for point in sweep.points():
+        run = sweep.run(point)
+        state, result = run.look()
+        listed.append((point, run, state, result or {}))
+    done = [one for one in listed if one[2] in DONE]
+    done.sort(key=lambda one: rank(one[3], objective))
+    columns = dict.fromkeys((objective, "step", "loss", "eval_loss"))
+    say(f"\nby {objective}, smallest first:" if done else "\nno point finished")
+    rows = [
+        (
+            point.words,
+            run.id,
+            "" if state == "finished" else state,
+            *(number(last.get(key)) for key in columns),
+        )
+        for point, run, state, last in done
+    ]
+    for line in lines(("point", "run", "", *columns), rows) if rows else ():
+        say(line)
+    if done and all(objective not in one[3] for one in done):
+        logged = sorted(key for key, value in done[0][3].items() if isinstance(value, int | float))
+        say(f"no point logged {objective}; run.objective may be one of: {', '.join(logged)}")
+    left = [one for one in listed if one[2] not in DONE]
+    if left:
+        say(f"\n{len(left)} of {len(listed)} points did not finish:")
+        for line in lines(
+            ("point", "run", "state", "error"),
+            [(point.words, run.id, state, error(run, state, last)) for point, run, state, last in left],
+        ):
+            say(line)
+    return FAILED if left else 0
+
+
+def rank(last: Mapping[str, Any], objective: str) -> float:
+    """Where a run stands among others: its objective, or behind all where it has none."""
+    value = last.get(objective)
+    return value if isinstance(value, int | float) and not math.isnan(value) else math.inf
+
+
+def _alike(ready: Sequence[Checked]) -> None:
+    """What a sweep has one of."""
+    problems = []
+    for key in ("root", "objective"):
+        values = {getattr(one.config.run, key): None for one in ready}
+        if len(values) > 1:
+            why = f"one sweep has one, and this has {' and '.join(values)}"
+            problems.append(Problem(key=f"run.{key}", why=why, fix=f"sweep each run.{key} on its own"))
+    if problems:
+        raise Refused(problems)
+
+
+def _record(
+    points: Sequence[Point],
+    found: Sequence[Checked | Refused],
+    runs: Sequence[Run | None],
+    args: Namespace,
+) -> Sweep:
+    listed: dict[str, SweepPoint] = {}  # of points that are one run, the first
+    invalid = []
+    settings: dict[str, Any] = {}
+    for words, point, one, run in zip(differing(points), points, found, runs, strict=True):
+        if isinstance(one, Refused):
+            invalid.append({"overrides": words.split(), "why": str(one)})
+            continue
+        planned, launch = one.plan.to_dict(), one.config.tree["launch"]
+        settings = settings or dict(launch)
+        listed.setdefault(
+            run.id,
+            SweepPoint(
+                run=run.id,
+                overrides=tuple(words.split(" ")) if words else point.overrides,
+                planned={key: planned[key] for key in PLANNED},
+                launch={key: value for key, value in launch.items() if settings.get(key) != value},
+            ),
+        )
+        config = one.config
+    return sweeps.record(
+        Path(config.run.root).absolute(),
+        command=args.argv,
+        settings=settings,
+        objective=config.run.objective,
+        points=list(listed.values()),
+        invalid=invalid,
+    )
+
+
+def _say_costs(ready: Sequence[Checked], runs: Sequence[Run], say: Say) -> None:
+    """Memory and disk that do not suffice: said, and not refused, since both are predictions."""
+    import psutil
+
+    from soup.device import slots
+
+    disk = sum({run.folder: one.plan.disk_bytes for one, run in zip(ready, runs, strict=True)}.values())
+    free = shutil.disk_usage(runs[0].folder).free
+    if disk > free:
+        say(f"disk: the points take {size(disk)}, and {size(free)} are free")
+    at_a_time = slots(ready[0].config.launch.slots, ready[0].device)
+    if ready[0].device.kind == "cpu" and ready[0].config.launch.slurm is None:
+        largest = sorted((one.plan.peak_memory_bytes for one in ready), reverse=True)[:at_a_time]
+        there = psutil.virtual_memory().total
+        if sum(largest) > there:
+            say(
+                f"memory: {len(largest)} at a time may take {size(sum(largest))}, and this machine has {size(there)}"
+            )
+
+
+def _counts(states: Any) -> str:
+    counted: dict[str, int] = {}
+    for state in states:
+        counted[state] = counted.get(state, 0) + 1
+    return ", ".join(f"{count} {state}" for state, count in counted.items())

@@ -1,0 +1,147 @@
+"""`soup status [SWEEP] [--watch]`: where the points of a sweep stand, from files alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from soup import parents
+from soup import sweep as sweeps
+from soup.cli.table import lines, number
+from soup.errors import Problem, Refused
+from soup.record import Run
+from soup.sweep import Sweep, SweepPoint
+
+SHOWN = 50  # points; of more only what runs, what failed, and the best
+BEST = 10
+BAD = ("failed", "diverged", "interrupted")
+WATCH_S = 2.0
+
+
+def status(words: list[str], args: Namespace) -> int:
+    """Prints a line for each point; with --watch again and again, until nothing runs any more."""
+    if len(words) > 1:
+        raise Refused(
+            Problem(key="status", value=" ".join(words), why="one sweep at a time", fix="status SWEEP")
+        )
+    sweep = sweeps.find(Path(args.run_root).absolute(), *words)
+    while True:
+        found = look(sweep, whole=args.json)
+        if args.json:
+            print(json.dumps(found, indent=2), flush=True)
+        else:
+            clear = "\x1b[2J\x1b[H" if args.watch and sys.stdout.isatty() else ""
+            print(clear + "\n".join(_text(found)), flush=True)
+        if not args.watch or not _active(found):
+            return 0
+        time.sleep(WATCH_S)
+
+
+def look(sweep: Sweep, *, whole: bool = True) -> dict[str, Any]:
+    """The sweep as it stands: id, launch, created, objective, counts by state, processes, points.
+
+    Without `whole`, of many points only those that run, that ended badly, and the best.
+    """
+    record = sweep.record()
+    there, objective = parents.alive(sweep), record["objective"]
+    points = sweep.points()
+    looks = [sweep.run(point).look() for point in points]
+    names = ["waiting" if state == "new" and there else state for state, _ in looks]
+    chosen = range(len(points)) if whole or len(points) <= SHOWN else _chosen(looks, objective)
+    return {
+        "id": sweep.id,
+        "launch": record["launch"],
+        "created": record["created"],
+        "objective": objective,
+        "processes": there,
+        "counts": dict(Counter(names)),
+        "invalid": len(record["invalid"]),
+        "left_out": len(points) - len(chosen),
+        "points": [
+            {
+                "number": place + 1,
+                "point": points[place].words,
+                "run": points[place].run,
+                "state": names[place],
+            }
+            | _details(sweep.run(points[place]), points[place], *looks[place], objective)
+            for place in chosen
+        ],
+    }
+
+
+def _details(
+    run: Run, point: SweepPoint, state: str, result: dict[str, Any] | None, objective: str
+) -> dict[str, Any]:
+    if state == "new":
+        return {}
+    last = result or sweeps.last_metrics(run, objective)
+    told = {"step": last.get("step"), "steps": last.get("steps", point.planned.get("steps"))}
+    told[objective] = last.get(objective)
+    if state in BAD:
+        told["error"] = error(run, state, last)
+    return told
+
+
+def error(run: Run, state: str, result: dict[str, Any]) -> str:
+    """The line that says why a run did not finish: the recorded error, or the end of the log of one that was killed."""
+    told = str(result.get("error", "")).splitlines()
+    return told[0] if told else run.log_tail() if state == "interrupted" else ""
+
+
+def _active(found: dict[str, Any]) -> bool:
+    return bool(found["processes"]) or "running" in found["counts"]
+
+
+def _text(found: dict[str, Any]) -> Iterator[str]:
+    counts = ", ".join(f"{count} {state}" for state, count in found["counts"].items())
+    pids = ", ".join(f"process {one['pid']} on {one['host']}" for one in found["processes"])
+    yield f"sweep {found['id']} (launch={found['launch']}, {found['created']}): {counts}"
+    if found["invalid"]:
+        yield f"{found['invalid']} invalid points were left out"
+    if found["launch"] == "local":
+        yield f"{pids} runs it" if pids else "no process runs it"
+    objective = found["objective"]
+    rows = [
+        (
+            one["number"],
+            one["point"],
+            one["state"],
+            one["run"],
+            _step(one),
+            _value(one, objective),
+            one.get("error", ""),
+        )
+        for one in found["points"]
+    ]
+    yield from lines(("", "point", "state", "run", "step", objective, "error"), rows)
+    if found["left_out"]:
+        yield f"and {found['left_out']} more points; --json lists all"
+
+
+def _chosen(looks: list[tuple[str, dict[str, Any] | None]], objective: str) -> list[int]:
+    """Places of the points that run, that ended badly, and of the best."""
+
+    def those(*states: str) -> list[int]:
+        return [place for place, (state, _) in enumerate(looks) if state in states][:SHOWN]
+
+    scored = [
+        (result[objective], place)
+        for place, (state, result) in enumerate(looks)
+        if state == "finished" and isinstance(result.get(objective), int | float)
+    ]
+    return [*those("running"), *those(*BAD), *(place for _, place in sorted(scored)[:BEST])]
+
+
+def _step(one: dict[str, Any]) -> str:
+    return "" if one.get("step") is None else f"{one['step']}/{one['steps']}"
+
+
+def _value(one: dict[str, Any], objective: str) -> str:
+    return "" if one.get(objective) is None else number(one[objective])
