@@ -38,8 +38,12 @@ def run_id(tree: Mapping[str, Any], content: Mapping[str, str]) -> str:
 @cache
 def source_hash() -> str:
     """Content hash of the package's own Python source."""
+    return hash_of(Path(__file__).parent)
+
+
+def hash_of(package: Path) -> str:
+    """Content hash of the Python source in a folder."""
     digest = hashlib.sha256()
-    package = Path(__file__).parent
     for path in sorted(package.rglob("*.py")):
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -168,6 +168,8 @@ REFUSED = {
     "held out twice": (("data.eval=x.jsonl", "data.eval_fraction=0.1"), "data.eval_fraction"),
     "processes of one": (("distributed.processes=2",), "distributed.processes"),
     "a ring of one": (("longctx.use_ring_attention=true",), "longctx.use_ring_attention"),
+    "a GPU for a job on the CPU": (("launch=slurm", "launch.device=cpu", "launch.gpus=1"), "launch.gpus"),
+    "two GPUs for one process": (("launch=slurm", "launch.gpus=2"), "launch.gpus"),
     "an idle knob": (("training.curriculum_buckets=3",), "training.curriculum_buckets"),
     "an idle knob of the watchdog": (
         ("training.loss_watchdog_action=rollback",),

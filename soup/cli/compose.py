@@ -88,7 +88,12 @@ def point(cfg: DictConfig) -> Point:
         for group, choice in cfg.hydra.runtime.choices.items()
         if choice is not None and not group.startswith("hydra/")
     }
-    return Point(tree=tree, choices=choices, overrides=tuple(cfg.hydra.overrides.task))
+    return Point(tree=tree, choices=choices, overrides=tuple(_words(cfg)))
+
+
+def _words(cfg: DictConfig) -> list[str]:
+    """The overrides as they were given: read one by one, `a=${b}` would hold the value that b has here."""
+    return OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)  # type: ignore[return-value]
 
 
 def unresolved(parent: Container, key: Any, path: str) -> Iterator[Problem]:
@@ -181,7 +186,7 @@ def _master(engine: Hydra, args: Namespace) -> tuple[DictConfig, list[str]]:
     """What the points of a sweep have in common, and the overrides that make the points."""
     try:
         cfg = engine.compose_config(args.config_name, args.overrides, RunMode.MULTIRUN)
-        return cfg, list(cfg.hydra.overrides.task)
+        return cfg, _words(cfg)
     except Refused as refused:
         # Hydra holds all keys against the default choices here: of task=dpo,ipo task.beta=0.2 it has no beta.
         group_exists = engine.config_loader.repository.group_exists

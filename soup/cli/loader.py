@@ -223,7 +223,8 @@ def _register_launchers() -> None:
     hydra#2359; drop the registration when it does.
     """
     _make_importable()
-    Plugins.instance().register(importlib.import_module(f"{LAUNCHERS}.local").LocalLauncher)
+    for module, name in (("local", "LocalLauncher"), ("slurm", "SlurmLauncher")):
+        Plugins.instance().register(getattr(importlib.import_module(f"{LAUNCHERS}.{module}"), name))
 
 
 def _make_importable() -> None:

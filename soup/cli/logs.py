@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from soup import parents
+from soup import parents, slurm
 from soup import sweep as sweeps
 from soup.errors import Problem, Refused
 from soup.record import Run
@@ -36,7 +36,7 @@ def logs(words: list[str], args: Namespace) -> int:
             print(f"\nthe end of {run.folder / 'log.txt'}:")
             print("\n".join((run.folder / "log.txt").read_text(errors="replace").splitlines()[-TRACE:]))
     while args.follow:
-        going = bool(parents.alive(sweep)) or any(run.running() for _, run in chosen)
+        going = bool(parents.alive(sweep)) or slurm.going(sweep) or any(run.running() for _, run in chosen)
         for place, run in chosen:
             said = _read(run, offsets[run.id])
             said = said[: said.rfind(b"\n") + 1]

@@ -49,6 +49,8 @@ def multirun(
     _say_costs(ready, [run for run in runs if run is not None], say)
     launch = ready[0].config.tree["launch"]
     status = launcher(launch["name"]).start(sweep, say)
+    if launch.get("dry_run"):
+        return status
     if not launch["wait"]:
         say(f"`soup status {sweep.id}` shows how it goes; also: logs, cancel, retry")
         return status

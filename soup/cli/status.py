@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from soup import parents
+from soup import parents, slurm
 from soup import sweep as sweeps
 from soup.cli.table import lines, number
 from soup.errors import Problem, Refused
@@ -53,6 +53,18 @@ def look(sweep: Sweep, *, whole: bool = True) -> dict[str, Any]:
     points = sweep.points()
     looks = [sweep.run(point).look() for point in points]
     names = ["waiting" if state == "new" and there else state for state, _ in looks]
+    told: dict[str, tuple[str, str]] = {}
+    silent = None
+    if record["launch"] == "slurm":
+        try:
+            told = slurm.tell(
+                sweep, {point.run: state for point, (state, _) in zip(points, looks, strict=True)}
+            )
+        except Refused as refused:
+            silent = refused.problems[0].why
+    names = [
+        told[point.run][0] if point.run in told else name for point, name in zip(points, names, strict=True)
+    ]
     chosen = range(len(points)) if whole or len(points) <= SHOWN else _chosen(looks, objective)
     return {
         "id": sweep.id,
@@ -60,6 +72,7 @@ def look(sweep: Sweep, *, whole: bool = True) -> dict[str, Any]:
         "created": record["created"],
         "objective": objective,
         "processes": there,
+        "silent": silent,
         "counts": dict(Counter(names)),
         "invalid": len(record["invalid"]),
         "left_out": len(points) - len(chosen),
@@ -71,6 +84,7 @@ def look(sweep: Sweep, *, whole: bool = True) -> dict[str, Any]:
                 "state": names[place],
             }
             | _details(sweep.run(points[place]), points[place], *looks[place], objective)
+            | ({"error": told[points[place].run][1]} if points[place].run in told else {})
             for place in chosen
         ],
     }
@@ -96,7 +110,7 @@ def error(run: Run, state: str, result: dict[str, Any]) -> str:
 
 
 def _active(found: dict[str, Any]) -> bool:
-    return bool(found["processes"]) or "running" in found["counts"]
+    return bool(found["processes"]) or not {"running", "queued"}.isdisjoint(found["counts"])
 
 
 def _text(found: dict[str, Any]) -> Iterator[str]:
@@ -107,6 +121,8 @@ def _text(found: dict[str, Any]) -> Iterator[str]:
         yield f"{found['invalid']} invalid points were left out"
     if found["launch"] == "local":
         yield f"{pids} runs it" if pids else "no process runs it"
+    if found["silent"]:
+        yield f"{found['silent']}: this is what the files of the runs say"
     objective = found["objective"]
     rows = [
         (

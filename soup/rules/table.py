@@ -377,6 +377,25 @@ RULES: tuple[Rule, ...] = (
         fix="longctx.ring_size=2 or more",
         source="arXiv:2310.01889",
     ),
+    # SLURM
+    Rule(
+        key="launch.gpus",
+        when={"launch": "slurm", "device": "cuda", "launch.gpus": 0},
+        why="a job that has no GPU cannot train on one",
+        fix="launch.gpus=auto, or launch.device=cpu",
+    ),
+    Rule(
+        key="launch.gpus",
+        when={"launch": "slurm", "device": "cpu", "launch.gpus": Above(0)},
+        why="training on the CPU would leave them idle",
+        fix="launch.gpus=auto, or launch.device=cuda",
+    ),
+    Rule(
+        key="launch.gpus",
+        when={"launch": "slurm", "distributed": "none", "launch.gpus": Above(1)},
+        why="distributed=none is one process, which trains on one GPU",
+        fix="launch.gpus=auto",
+    ),
     # Features that need another
     Rule(
         key="training.moe_lora",
@@ -569,5 +588,4 @@ RULES: tuple[Rule, ...] = (
     _pending("data.streaming", True),
     _pending("tracking.mlflow", Not(None)),
     _pending("tracking.trackio", Not(None)),
-    _pending("launch", "slurm"),
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from soup.record import Run
@@ -25,6 +26,7 @@ class Wandb:
     def __init__(self, spec: TrackerSpec, run: Run, config: Config, say: Any):
         import wandb
 
+        self._say = say
         settings = spec.settings
         mode = settings["mode"]
         if mode == "auto":
@@ -46,11 +48,27 @@ class Wandb:
         )
 
     def log(self, line: Mapping[str, Any]) -> None:
-        self._run.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
+        with self._without_its_process():
+            if self._run is not None:
+                self._run.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
 
     def finish(self, status: str) -> None:
-        self._run.summary["status"] = status
-        self._run.finish(exit_code=0 if status == "finished" else 1)
+        with self._without_its_process():
+            if self._run is not None:
+                self._run.summary["status"] = status
+                self._run.finish(exit_code=0 if status == "finished" else 1)
+
+    @contextmanager
+    def _without_its_process(self) -> Iterator[None]:
+        """wandb's own process ends on the SIGTERM that SLURM sends to every process of a job that is to stop; the run
+        must save then, and goes on under the same id."""
+        from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+
+        try:
+            yield
+        except (ConnectionError, HandleAbandonedError, MailboxClosedError) as error:
+            self._run = None
+            self._say(f"wandb: its process is gone ({error}); metrics.jsonl has what it did not get")
 
 
 class TensorBoard:

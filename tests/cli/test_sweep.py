@@ -69,6 +69,11 @@ def test_a_hundred_points_are_composed_in_a_fraction_of_hydras_time(shell):
     assert time.process_time() - begin < 5, "Hydra's own way takes 8"
 
 
+def test_an_interpolation_follows_each_point(shell):
+    points = shell.points("-m", "lora.r=2,4", "lora.alpha=${lora.r}")
+    assert [one.tree["lora"]["alpha"] for one in points] == [2, 4]
+
+
 def test_the_worst_status_of_a_batched_sweep(shell):
     shell.status = 1
     result = shell.run("-m", "hydra.sweeper.max_batch_size=2", "lora.r=1,2,3")
@@ -103,7 +108,6 @@ def test_a_sweep_may_be_configured(shell, tmp_path):
         (["hydra/launcher=basic"], "launch=local runs with soup_local"),
         (["hydra.verbose=true,false"], "cannot be swept"),
         (["launch=local,slurm"], "one sweep has one launcher"),
-        (["launch=slurm", "lora.r=1,2"], "not available yet"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused(shell, argv, said):
