@@ -138,7 +138,7 @@ def tell(sweep: sweeps.Sweep, states: Mapping[str, str]) -> dict[str, tuple[str,
         if job.status in ("queued", "running"):
             if state != "running":
                 told[run] = (job.status, str(job))
-        elif state in ("new", "interrupted"):
+        elif state in ("new", "interrupted") and job.state != "COMPLETED":  # of a run that was deleted since
             told[run] = (job.status, " ".join(filter(None, (str(job), _last_words(sweep, job)))))
     return told
 
