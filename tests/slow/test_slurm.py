@@ -212,7 +212,8 @@ def test_requeued_preempted_killed_and_its_node_restarted(submitted, alone, soup
     cluster.run("scancel", "--signal=KILL", "--full", job)
     soup.until(lambda: not soup.in_queue(job), "the end")
     assert run.state() == "interrupted"
-    assert cluster.states()[job] == ["FAILED"]
+    assert cluster.states()[job] == ["CANCELLED"]  # SLURM's word for it, where it is asked to send SIGKILL
+    assert soup.status("disturbed") == {run.id: "cancelled"}
     cluster.run("scontrol", "requeue", job)
     soup.restart(job)
 
