@@ -208,6 +208,8 @@ def _type(hint: Any, inside: bool = False) -> str:
         return " or ".join(_type(one, True) for one in arguments)
     if origin is list:
         return f"list of {_type(arguments[0], True)}"
+    if origin is dict:
+        return f"mapping of {_type(arguments[0], True)} to {_type(arguments[1], True)}"
     return WORDS[hint]
 
 
