@@ -134,7 +134,7 @@ class Train(Checkpointable):
             "job": _job(),
             "restart": self._restarts(),
             "host": socket.gethostname(),
-            "stopped": (run.result() or {}).get("error") or "ended without a signal",
+            "stopped": (run.result() or {}).get("error") or "not recorded",
             "from": last.name if last else None,
         }
         write_json(file, [*(read_json(file) or []), line])

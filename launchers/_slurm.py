@@ -28,7 +28,6 @@ from soup.sweep import DONE, Sweep, SweepPoint
 
 ARRAY = 1000  # jobs of one array: SLURM's default MaxArraySize is 1001
 POLL_S = (1.0, 10.0)  # between two looks at the queue: at first, and at most
-AGAIN_S = 1.0
 LOCK = ".slurm.lock"
 
 Say = Callable[[str], None]
@@ -59,11 +58,6 @@ def start(sweep: Sweep, say: Say, only: Sequence[str] | None = None) -> int:
     dry = any(one.resources["dry_run"] for one in points)
     with FileLock(sweep.folder.parent / LOCK):  # two commands at once do not both submit a point
         waiting = {} if dry else slurm.queued(sweep.root)
-        if not dry and slurm.submissions(
-            sweep
-        ):  # squeue leaves out, for a moment, a job that is being requeued
-            time.sleep(AGAIN_S)
-            waiting = slurm.queued(sweep.root) | waiting
         done = [one for one in points if one.run.state() in DONE]
         rest = [one for one in points if one not in done and one.run.id not in waiting]
         code = snapshot.take((sweep.folder / "code").absolute())
@@ -105,7 +99,7 @@ def cancel(sweep: Sweep, say: Say) -> int:
 
 def _wait(sweep: Sweep, runs: Sequence[Run], say: Say) -> int:
     """Returns once SLURM has no job of these runs left: 0, or 130 on Ctrl-C."""
-    pause_s, before, silent, empty = POLL_S[0], None, False, False
+    pause_s, before, silent = POLL_S[0], None, False
     try:
         while True:
             try:
@@ -117,9 +111,8 @@ def _wait(sweep: Sweep, runs: Sequence[Run], say: Say) -> int:
             else:
                 silent = False
                 left = [waiting[run.id].status for run in runs if run.id in waiting]
-                if not left and (empty or all(run.state() in DONE for run in runs)):
+                if not left:
                     break
-                empty = not left
                 if left != before:
                     each = [f"{left.count(state)} {state}" for state in dict.fromkeys(left)]
                     say(f"{', '.join(each)}, {len(runs) - len(left)} ended")

@@ -199,7 +199,9 @@ class Cluster:
         return found
 
     def start_now(self, job: str) -> None:
-        """A requeued job, which SLURM would hold for two minutes."""
+        """A requeued job, which SLURM holds for two minutes. Not within the second in which slurmd ended it, whose
+        clock for this ticks in seconds: "already killed, do not launch", it says, and the job is FAILED."""
+        time.sleep(1.1)
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
 
     def _daemon(self, program: str, *arguments: str, called: str | None = None) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,11 +24,12 @@ def patient(prompts, completions, **columns):
     time.sleep(0.25)
     return [float(len(set(answer[0]["content"]))) for answer in completions]
 """
+SAVE_STEPS = 10
 LONG = (
     "task=grpo",
     "task.max_completion_length=4",
-    "training.max_steps=130",
-    "training.save_steps=10",
+    "training.max_steps=100",
+    f"training.save_steps={SAVE_STEPS}",
     "training.logging_steps=1",
     "training.eval_steps=1000",
     "data.max_samples=16",
@@ -37,6 +39,7 @@ SWEEP = ("training.loss_watchdog=true", "training.loss_watchdog_patience=2", "tr
 THRESHOLDS = ("0.5", "1000.0")
 GRID = ("--multirun", *SWEEP, f"training.loss_watchdog_threshold={','.join(THRESHOLDS)}")
 WAIT_S = 150
+NO_END = {"PENDING", "RUNNING", "REQUEUED"}
 
 
 class Soup:
@@ -124,20 +127,17 @@ class Soup:
             time.sleep(0.1)
         return found
 
-    def in_queue(self, job: str) -> str:
-        """SLURM's word for a job that has not ended, or nothing."""
-        lines = self.cluster.run("squeue", "-h", "-r", "-o", "%F_%K %T").splitlines()
+    def in_queue(self, job: str, field: str = "%T") -> str:
+        """SLURM's word for a job that has not ended, or for why it waits (`%r`), or nothing."""
+        lines = self.cluster.run("squeue", "-h", "-r", "-o", f"%F_%K {field}").splitlines()
         return dict(line.split() for line in lines).get(job, "")
 
-    def ended(self, job: str) -> None:
-        """Waits until SLURM has ended a job; squeue leaves out, for a moment, one that is being requeued."""
-        self.until(lambda: self.gone(job), f"the end of {job}")
-
-    def gone(self, job: str) -> bool:
-        if self.in_queue(job):
-            return False
-        time.sleep(1.5)
-        return not self.in_queue(job)
+    def ended(self, job: str) -> str:
+        """Waits until SLURM has ended a job; returns what its accounts, which come some seconds later, call the end."""
+        self.until(lambda: not self.in_queue(job), f"the end of {job}")
+        return self.until(
+            lambda: next(iter({*self.cluster.states().get(job, [])} - NO_END), ""), f"the account of {job}"
+        )
 
     def restart(self, job: str) -> None:
         """Starts a job as soon as it waits once more."""
@@ -219,36 +219,39 @@ def test_requeued_preempted_killed_and_its_node_restarted(submitted, alone, soup
     soup.restart(job)
 
     soup.reached(run, last_step(run) + 12)
-    cluster.run("scancel", "--signal=KILL", "--full", job)
-    soup.ended(job)
-    assert run.state() == "interrupted"
-    assert cluster.states()[job] == ["CANCELLED"]  # SLURM's word for it, where it is asked to send SIGKILL
-    assert soup.status("disturbed") == {run.id: "cancelled"}
+    soup.until(lambda: last_step(run) % SAVE_STEPS in (4, 5, 6), "a step without a checkpoint")
+    kill_step(run)
+    assert soup.ended(job) == "FAILED"
+    assert (run.state(), run.result()) == ("interrupted", None)
+    assert soup.status("disturbed") == {run.id: "failed"}
+    reached = last_step(run)
     cluster.run("scontrol", "requeue", job)
     soup.restart(job)
 
     soup.reached(run, last_step(run) + 3)
     cluster.kill_node("n2")
     cluster.start_node("n2")
-    soup.ended(job)
+    assert soup.ended(job) == "COMPLETED"
     assert run.state() == "finished"
     assert cluster.states(all_lives=True)[job] == ["REQUEUED", "PREEMPTED", "REQUEUED", "COMPLETED"]
     assert unequal(alone(), run) == []
     requeues = json.loads((run.folder / "requeues.json").read_text())
     assert [line["restart"] for line in requeues] == [1, 2, 3]
-    assert [line["stopped"] for line in requeues[:2]] == ["stopped by SIGTERM"] * 2
+    assert [line["stopped"] for line in requeues] == ["stopped by SIGTERM"] * 2 + ["not recorded"]
+    saved = [int(line["from"].removeprefix("checkpoint-")) for line in requeues]
+    assert saved[0] < saved[1] < saved[2] < reached
+    assert saved[2] % SAVE_STEPS == 0
 
 
-def test_a_sweep(begun, soup, cluster, tmp_path, compose, place_below, server, unequal):
+def test_a_sweep(begun, soup, tmp_path, compose, place_below, server, unequal):
     jobs, source, unedited = begun
-    soup.until(lambda: not any(soup.in_queue(job) for job in jobs), "the end of the sweep")
+    states = [soup.ended(job) for job in jobs]
     source.write_text(unedited)
 
-    states = cluster.states()
     found = {run.tree()["training"]["loss_watchdog_threshold"]: run for run in soup.runs("sweep")}
     bad, good = (found[float(threshold)] for threshold in THRESHOLDS)
     assert (bad.state(), good.state()) == ("diverged", "finished")
-    assert sorted(states[job] for job in jobs) == [["COMPLETED"], ["FAILED"]]
+    assert sorted(states) == ["COMPLETED", "FAILED"]
 
     tree = compose(
         *[
@@ -280,10 +283,9 @@ def test_cancelled_and_requeued_too_often(soup, cluster):
     soup.until(run.environment.exists, "the start")
     cluster.run("scontrol", "requeue", job)
     soup.restart(job)
-    soup.ended(job)
+    assert soup.ended(job) == "FAILED"
     assert run.state() == "failed"
     assert "launch.max_requeues=0" in run.result()["error"]
-    assert cluster.states()[job] == ["FAILED"]
     assert soup.status("cancelled") == {run.id: "failed"}
     assert [line["restart"] for line in json.loads((run.folder / "requeues.json").read_text())] == [1]
 
@@ -291,8 +293,7 @@ def test_cancelled_and_requeued_too_often(soup, cluster):
     job = soup.job("cancelled", run)
     soup.until(run.running, "the start")
     assert "1 jobs cancelled" in soup.command("cancel", "cancelled")
-    soup.ended(job)
-    assert cluster.states()[job] == ["CANCELLED"]
+    assert soup.ended(job) == "CANCELLED"
     assert soup.status("cancelled") == {run.id: "cancelled"}
 
 
@@ -301,11 +302,12 @@ def test_more_time_than_a_job_has(submitted, alone, soup, cluster, unequal):
     job = soup.job("short", run)
 
     def again():
-        if soup.in_queue(job) == "PENDING":
+        if soup.in_queue(job, "%r") == "BeginTime":
             cluster.start_now(job)
-        return soup.gone(job)
+        return not soup.in_queue(job)
 
     soup.until(again, "the end", 240)
+    assert soup.ended(job) == "COMPLETED"
     assert run.state() == "finished"
     lives = cluster.states(all_lives=True)[job]
     assert set(lives[:-1]) == {"REQUEUED"} and lives[-1] == "COMPLETED"
@@ -315,3 +317,13 @@ def test_more_time_than_a_job_has(submitted, alone, soup, cluster, unequal):
 def last_step(run):
     lines = run.lines()
     return lines[-1]["step"] if lines else 0
+
+
+def kill_step(run):
+    """SIGKILL to the process that trains and to the one that watches it, which is stopped first: it would write down
+    the other's end, and the other is asked to save when it dies."""
+    training = int(subprocess.check_output(["pgrep", "-f", f"soup.train {run.folder}$"]))
+    watching = int(subprocess.check_output(["ps", "-o", "ppid=", "-p", str(training)]))
+    os.kill(watching, signal.SIGSTOP)
+    for pid in (training, watching):
+        os.kill(pid, signal.SIGKILL)
