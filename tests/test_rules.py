@@ -18,6 +18,7 @@ FACTS = {
     "model.moe": (False, True),
     "task.whole_groups": (False,),
     "task.weighed": (False,),
+    "data.weighed": (False,),
 }
 NEVER = object()
 

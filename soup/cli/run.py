@@ -67,6 +67,13 @@ def _one(where: Run, one: Checked, console: Any) -> int:
     console.print(f"{verb} run {where.id} in {where.folder}")
     report = one.reports["train"]
     learnt = report.lengths["sum_labels"]
+    if report.sampled:
+        console.print(f"a stream: of its first {report.rows} rows,")
+    if len(report.sources) > 1:
+        taken = (
+            f"{source['rows']} of {source['read']} rows of {source['name']}" for source in report.sources
+        )
+        console.print(", ".join(taken), soft_wrap=True)
     console.print(
         f"{report.rows} rows ({report.format}), {report.lengths['sum']} tokens"
         + (f", {learnt} of them learnt" if learnt else "")

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from soup.data.arrow import first
 from soup.data.encode import MASKED, Encoder
 from soup.data.prepare import Prepared
 from soup.data.report import Report
@@ -32,7 +31,7 @@ def show(prepared: Prepared, encoder: Encoder, rows: int, console: Console) -> N
             else Text("⟦learnt⟧")
         )
         console.print(legend)
-    for number, row in enumerate(first(prepared.open(), rows), 1):
+    for number, row in enumerate(prepared.first(rows), 1):
         console.rule(Text(f"{prepared.split} {number} of {prepared.report.rows}"), align="left")
         if "input_ids" in row:
             console.print(_tokens(row["input_ids"], row["labels"], encoder, coloured), soft_wrap=True)
@@ -98,6 +97,11 @@ def _counts(report: Report, split: str) -> Table:
         box=None,
     )
     for name, value in (
+        *(
+            (f"of {source['name']}", f"{source['rows']} of {source['read']} rows, format {source['format']}")
+            for source in report.sources
+            if len(report.sources) > 1
+        ),
         (
             "tokens",
             f"{lengths['sum']}, {lengths['sum_labels']} of them learnt"

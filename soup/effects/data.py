@@ -7,69 +7,87 @@ from collections.abc import Iterator
 from typing import Any
 
 from soup.effects import Effect, same
+from soup.effects.sources import held, is_stream, streamed_rows
 
 PROMPTS = 1000  # that are tokenised to see how long they are
 
 
 def rows(built: Any) -> Iterator[Effect]:
     """Rows of the trainer's datasets against those that were prepared."""
-    import pyarrow as pa
-
     data = built.config.tree["data"]
     trainer = built.trainer
     prepared = built.prepared["train"]
     report = prepared.report
-
-    def intact(dataset: Any, entry: Any, ordered: bool = True) -> bool:
-        """Of the columns that the trainer kept; a reward model's have prompt and answer in one."""
-        with pa.memory_map(str(entry.open())) as file:
-            table = pa.ipc.open_stream(file).read_all()
-        whole = built.config.task.head == "score"
-        if "seq_lengths" in dataset.column_names:
-            return _same_documents(dataset, table, built.config.data.max_length)
-        if "input_ids" in table.column_names:
-            return dataset._indices is None and dataset.data.table.equals(table)
-        names = [n for n in table.column_names if n in dataset.column_names]
-        names = [n for n in names if not (whole and n.endswith("_ids"))]
-        held = dataset.with_format("arrow")[:].select(names)
-        table = table.select(names).cast(held.schema)
-        if ordered:
-            return bool(names) and held.equals(table)
-        return bool(names) and Counter(map(repr, held.to_pylist())) == Counter(map(repr, table.to_pylist()))
-
-    ok = intact(trainer.train_dataset, prepared, trainer.args.train_sampling_strategy != "sequential")
-    how = f"the trainer holds {len(trainer.train_dataset)} rows, {report.rows} were prepared"
-    yield Effect("data.train", data["train"], f"{len(trainer.train_dataset)} rows", ok, how)
+    streaming = is_stream(trainer.train_dataset)
+    if streaming:
+        trained = 0
+        yield from streamed_rows(built)
+    else:
+        trained = len(trainer.train_dataset)
+        ok = intact(built, trainer.train_dataset, prepared)
+        how = f"the trainer holds {trained} rows, {report.rows} were prepared"
+        yield Effect("data.train", data["train"], f"{trained} rows", ok, how)
+        limit = data["max_samples"]
+        yield Effect(
+            "data.max_samples", limit, trained, limit is None or trained <= limit, "rows to train on"
+        )
     held_out = trainer.eval_dataset
     wanted = "eval" in built.prepared
-    ok = (held_out is not None) == wanted and (not wanted or intact(held_out, built.prepared["eval"]))
+    ok = (held_out is not None) == wanted and (not wanted or intact(built, held_out, built.prepared["eval"]))
     count = 0 if held_out is None else len(held_out)
     yield Effect("data.eval", data["eval"], f"{count} rows", ok, "rows of the trainer's eval_dataset")
-    share = count / (count + len(trainer.train_dataset))
+    share = count / (count + trained) if trained else 0.0
     asked = data["eval_fraction"]
-    near = asked == 0 or abs(share - asked) <= max(0.1 * asked, 2 / (count + len(trainer.train_dataset)))
+    near = asked == 0 or abs(share - asked) <= max(0.1 * asked, 2 / (count + trained))
     yield Effect("data.eval_fraction", asked, round(share, 4), near, f"{count} rows are held out")
     ok = data["format"] in ("auto", report.format)
     yield Effect("data.format", data["format"], report.format, ok, "what the rows were read as")
-    limit = data["max_samples"]
-    ok = limit is None or len(trainer.train_dataset) <= limit
-    yield Effect("data.max_samples", limit, len(trainer.train_dataset), ok, "rows to train on")
     yield Effect(
         "data.on_bad_row",
         data["on_bad_row"],
         f"{report.bad_total} bad rows",
         data["on_bad_row"] == "skip" or not report.bad_total,
-        "counted while reading",
+        "counted in the first rows; the stream is read under the same rule"
+        if streaming
+        else "counted while reading",
     )
-    streaming = type(trainer.train_dataset).__name__ == "IterableDataset"
-    yield same("data.streaming", data["streaming"], streaming, type(trainer.train_dataset).__name__)
+    stored = prepared.open().exists()
+    how = f"the trainer has {type(trainer.train_dataset).__name__}, and the cache {'has' if stored else 'no'} rows of it"
+    asked = data["streaming"]
+    ok = asked == streaming != stored
+    yield Effect("data.streaming", asked, asked if ok else not asked, ok, how)
+
+
+def intact(built: Any, dataset: Any, entry: Any) -> bool:
+    """Whether a data set of the trainer's holds what was prepared, of the columns that it kept; a reward model's have
+    prompt and answer in one, and KTO's training rows an order of their own."""
+    import pyarrow as pa
+
+    if not entry.open().exists():
+        return False
+    with pa.memory_map(str(entry.open())) as file:
+        table = pa.ipc.open_stream(file).read_all()
+    trainer = built.trainer
+    whole = built.config.task.head == "score"
+    ordered = entry.split != "train" or trainer.args.train_sampling_strategy != "sequential"
+    if "seq_lengths" in dataset.column_names:
+        return _same_documents(dataset, table, built.config.data.max_length)
+    if "input_ids" in table.column_names:
+        return dataset._indices is None and dataset.data.table.equals(table)
+    names = [n for n in table.column_names if n in dataset.column_names]
+    names = [n for n in names if not (whole and n.endswith("_ids"))]
+    held = dataset.with_format("arrow")[:].select(names)
+    table = table.select(names).cast(held.schema)
+    if ordered:
+        return bool(names) and held.equals(table)
+    return bool(names) and Counter(map(repr, held.to_pylist())) == Counter(map(repr, table.to_pylist()))
 
 
 def sequence_length(built: Any) -> Iterator[Effect]:
     """The longest row that the trainer holds."""
     data = built.config.data
     report = built.prepared["train"].report
-    rows = built.trainer.train_dataset
+    rows = held(built)
     if built.config.task.shape == "prompt":
         from soup.model.load import prompt_ids
 
@@ -85,7 +103,7 @@ def sequence_length(built: Any) -> Iterator[Effect]:
             int(mask.sum(-1).max()) for name, mask in batch.items() if name.endswith("attention_mask")
         )
         how = "the longest rows the trainer holds, as its collator gives them"
-    how += f"; {report.truncated} rows were truncated"
+    how += f"; {report.truncated} rows were truncated" + (" of the first" if report.sampled else "")
     yield Effect("data.max_length", data.max_length, longest, longest <= data.max_length, how)
     lost = f"{report.truncated} truncated, {report.skipped + report.dropped_nothing_left} left out"
     ok = data.on_too_long == "truncate" or report.truncated == 0
@@ -108,7 +126,7 @@ def label_mask(built: Any) -> Iterator[Effect]:
     It stands for `data.format`: the format decides what is learnt.
     """
     trainer = built.trainer
-    rows = trainer.train_dataset
+    rows = held(built)
     if "seq_lengths" in rows.column_names:
         yield _packed_labels(built)
         return
@@ -141,7 +159,7 @@ def packing(built: Any) -> Iterator[Effect]:
     from soup.effects.task import undisturbed
 
     asked = built.config.training.packing
-    rows = built.trainer.train_dataset
+    rows = held(built)
     key = "training.packing"
     if "seq_lengths" not in rows.column_names:
         yield same(

@@ -10,6 +10,7 @@ from typing import Any
 
 from soup.effects import Effect, as_it_was, same
 from soup.effects.optimizer import max_steps
+from soup.effects.sources import in_order, is_stream
 
 
 def length(built: Any) -> Iterator[Effect]:
@@ -17,6 +18,12 @@ def length(built: Any) -> Iterator[Effect]:
     training = built.config.training
     trainer = built.trainer
     steps = max_steps(trainer)
+    if is_stream(trainer.train_dataset):
+        yield same("training.max_steps", training.max_steps, steps, "steps of the schedule")
+        yield Effect(
+            "training.epochs", training.epochs, None, True, "training.max_steps wins; a stream has no length"
+        )
+        return
     task, width = built.config.task, training.batch_size * built.config.distributed.world
     sequences = len(trainer.train_dataset) * task.samples
     per_epoch = max(1, math.ceil(math.ceil(sequences / width) / training.gradient_accumulation_steps))
@@ -36,10 +43,15 @@ def batch(built: Any) -> Iterator[Effect]:
     """Rows of the batches that the training data loader will give, and micro-steps between optimizer steps."""
     trainer = built.trainer
     training = built.config.training
-    first = next(iter(_batches(built)))
-    steps = training.gradient_accumulation_steps if built.config.task.generates else 1
-    rows = len(first) // steps  # where answers are generated, the loader gives all prompts of a step at once
-    wanted = min(training.batch_size, len(trainer.train_dataset) * built.config.task.samples)
+    if is_stream(trainer.train_dataset):
+        rows, wanted = _stream_batch(built), training.batch_size
+    else:
+        first = next(iter(_batches(built)))
+        steps = training.gradient_accumulation_steps if built.config.task.generates else 1
+        rows = (
+            len(first) // steps
+        )  # where answers are generated, the loader gives all prompts of a step at once
+        wanted = min(training.batch_size, len(trainer.train_dataset) * built.config.task.samples)
     key = "training.batch_size"
     yield Effect(key, training.batch_size, rows, rows == wanted, "rows of the loader's first batch")
     accelerator = trainer.accelerator.gradient_accumulation_steps
@@ -117,6 +129,12 @@ def data_order(built: Any) -> Iterator[Effect]:
     import torch
 
     training = built.config.training
+    requested = built.config.tree["training"]["data_seed"]
+    if is_stream(built.trainer.train_dataset):
+        ok, count = in_order(built)
+        how = f"the stream's first {count} rows are compared with what `datasets` draws of the files by the seed"
+        yield Effect("training.data_seed", requested, training.data_seed if ok else "another order", ok, how)
+        return
     drawn = list(itertools.islice(itertools.chain.from_iterable(_batches(built)), 32))
     if built.config.task.samples > 1:
         drawn = list(dict.fromkeys(drawn))
@@ -135,16 +153,13 @@ def data_order(built: Any) -> Iterator[Effect]:
     else:
         expected = torch.randperm(rows, generator=generator).tolist()[: len(drawn)]
     if built.trainer.args.train_sampling_strategy == "sequential":
-        from soup.data.arrow import first
-
-        prepared = first(built.prepared["train"].open(), rows)
+        prepared = built.prepared["train"].first(rows)
         held = built.trainer.train_dataset.select_columns(list(prepared[0]))
         drawn = [
             there if held[here] == prepared[there] else -1
             for here, there in zip(drawn, expected, strict=True)
         ]
     how = f"the sampler draws rows {drawn[:6]} first"
-    requested = built.config.tree["training"]["data_seed"]
     effective = training.data_seed if drawn == expected else f"another order, {drawn[:6]}"
     yield Effect("training.data_seed", requested, effective, drawn == expected, how)
 
@@ -374,6 +389,21 @@ def _aux_loss_coeff(built: Any) -> tuple[Any, Any]:
         built.model_folder, trust_remote_code=built.config.model.trust_remote_code
     ).get_text_config()
     return own.router_aux_loss_coef, live.router_aux_loss_coef
+
+
+def _stream_batch(built: Any) -> int:
+    """Rows that the loader of a stream hands to the collator at once."""
+    import torch
+
+    trainer, state = built.trainer, torch.get_rng_state()
+    real, seen = trainer.data_collator, []
+    trainer.data_collator = lambda rows: seen.append(len(rows)) or real(rows)
+    try:
+        next(iter(trainer.get_train_dataloader().base_dataloader))  # accelerate's own would count as begun
+    finally:
+        trainer.data_collator = real
+        torch.set_rng_state(state)
+    return seen[0]
 
 
 def _batches(built: Any) -> Iterator[list[int]]:

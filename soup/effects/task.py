@@ -23,6 +23,7 @@ from torch import Tensor
 from soup.effects import Effect, as_it_was, losses, same
 from soup.effects.losses import Row
 from soup.effects.model import WHOLE_BYTES, tensors
+from soup.effects.sources import held
 from soup.model.load import prompt_ids
 from soup.train.forward import as_prepared
 
@@ -61,7 +62,7 @@ def _loss(built: Any) -> Iterator[Effect]:
     trainer, model = built.trainer, built.model
     formula = getattr(losses, built.config.tree["task"]["name"])
     with undisturbed(built):
-        examples = _examples(trainer.train_dataset)
+        examples = _examples(held(built))
         batch = trainer._prepare_inputs(trainer.data_collator([dict(example) for example in examples]))
 
         def measured() -> list[Row]:
@@ -141,13 +142,14 @@ def reference(built: Any) -> Iterator[Effect]:
     """Where the reference's log-probabilities come from: adapters off, a frozen copy, or a table made before."""
     trainer = built.trainer
     asked = built.config.task.precompute_ref
-    columns = [name for name in trainer.train_dataset.column_names if name.startswith("ref_")]
+    rows = held(built)
+    columns = [name for name in rows.column_names if name.startswith("ref_")]
     copy = trainer.ref_model
     how = "the model with its adapters off"
     ok = True
     if columns:
         with undisturbed(built):
-            example = trainer.train_dataset[0]
+            example = rows[0]
             row = _row(built, example)
         rounds = built.precision.autocast is not None
         gaps, fits = [], []

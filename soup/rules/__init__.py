@@ -2,8 +2,8 @@
 
 A rule holds when every condition of its `when` does. Three kinds of facts are looked at: every leaf of the
 configuration by its full key, each group's chosen function by the group's name, and `device` (cpu or cuda: what
-the run will train on), `model.moe` (from the model's config.json), and two sums that no key holds: `task.whole_groups`
-and `task.weighed`. A fact that is not known matches nothing.
+the run will train on), `model.moe` (from the model's config.json), and sums that no key holds: `task.whole_groups`,
+`task.weighed` and `data.weighed`. A fact that is not known matches nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from soup.data.files import source_names
 from soup.errors import Problem
 from soup.rules.rule import Rule
 from soup.rules.table import RULES
@@ -33,6 +34,9 @@ def facts(config: Config, *, device: str, model_config: Mapping[str, Any] | None
     found["task.whole_groups"] = rows % config.task.samples == 0
     weights = config.task.args.get("reward_weights")
     found["task.weighed"] = weights is None or len(weights) == len(config.tree["task"]["rewards"])
+    given = config.data.weights
+    names = [] if config.data.train is None else source_names(config.data.train)
+    found["data.weighed"] = given is None or len(given) == len(names) > 1
     if model_config is not None:
         found["model.moe"] = is_moe(model_config)
     return found

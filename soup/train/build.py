@@ -18,6 +18,7 @@ from soup.model import unsloth
 from soup.model.freeze import freeze
 from soup.model.load import Precision, adapter, load_model, load_tokenizer, precision
 from soup.schema import Config, merge_arguments
+from soup.train import streaming
 from soup.train.curriculum import Curriculum, tokens
 from soup.train.neftune import add_noise
 from soup.train.trainer import Resumable
@@ -152,6 +153,9 @@ def _arguments(
         "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
         "eval_strategy": "steps" if "eval" in prepared else "no",
         "per_device_eval_batch_size": math.lcm(config.training.batch_size, config.task.samples),
+        "accelerator_config": {
+            "dispatch_batches": False
+        },  # of a stream, which TRL's ORPO and CPO leave to accelerate
         "report_to": "none",
         "disable_tqdm": True,
     }
@@ -167,6 +171,8 @@ def _own_router_loss(model: Any, args_class: Any) -> dict[str, Any]:
 def _dataset(prepared: Prepared) -> Any:
     from datasets import Dataset
 
+    if prepared.stream is not None:
+        return streaming.dataset(prepared)
     return Dataset.from_file(str(prepared.open()))
 
 
