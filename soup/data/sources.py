@@ -40,6 +40,7 @@ class Source:
         self.limit, self.at_once = limit, at_once
         self.tally = Tally()
         self.problems: tuple[Problem, ...] = ()
+        self.ended = False
         self._rows = counted(read_rows(self.files), self.tally)
 
     def __iter__(self) -> Iterator[Encoded]:
@@ -50,6 +51,7 @@ class Source:
             for result in usable(self.settings, rows, self.tally, self.style, self.at_once):
                 self.tally.kept += 1
                 yield result
+            self.ended = True
         except Refused as refused:
             if self.at_once:
                 raise
@@ -125,7 +127,8 @@ def merged(given: Iterable[Source]) -> Tally:
 
 def unused(settings: Settings, split: str, given: list[Source], taken: list[int]) -> list[Problem]:
     """A problem for each source that gives no row to the mix."""
-    problems = []
+    if problems := [source.nothing_left() for source in given if source.ended and not source.tally.kept]:
+        return problems
     for source, count in zip(given, taken, strict=True):
         if count:
             continue
@@ -140,7 +143,7 @@ def unused(settings: Settings, split: str, given: list[Source], taken: list[int]
                     + ("" if settings.weights else ", or data.weights, which take rows of all in turn"),
                 )
             )
-        elif source.tally.kept or (settings.shares(split) and sum(taken)):
+        else:
             problems.append(
                 Problem(
                     key="data.weights",
@@ -149,6 +152,4 @@ def unused(settings: Settings, split: str, given: list[Source], taken: list[int]
                     fix="weights nearer to each other, or more rows",
                 )
             )
-        else:
-            problems.append(source.nothing_left())
     return problems

@@ -52,7 +52,8 @@ def rows(built: Any) -> Iterator[Effect]:
         else "counted while reading",
     )
     stored = prepared.open().exists()
-    how = f"the trainer has {type(trainer.train_dataset).__name__}, and the cache {'has' if stored else 'no'} rows of it"
+    kind, kept = type(trainer.train_dataset).__name__, "has" if stored else "has none of"
+    how = f"the trainer has {kind}; the cache {kept} its rows"
     asked = data["streaming"]
     ok = asked == streaming != stored
     yield Effect("data.streaming", asked, asked if ok else not asked, ok, how)

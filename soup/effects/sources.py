@@ -48,24 +48,27 @@ def shares(built: Any) -> Iterator[Effect]:
         yield Effect("data.weights", asked, None, asked is None, "there is one source")
         return
     wanted = settings.shares("train")
+    shared, drawn = 0, False
     if is_stream(built.trainer.train_dataset):
-        count_S, drawn = _counted(built, settings)
+        count_S, shared, drawn = _counted(built, settings)
     else:
         prepared = [one for split, one in built.prepared.items() if split == "train" or settings.eval is None]
         whole = intact(built, built.trainer.train_dataset, built.prepared["train"])
-        count_S, drawn = _labelled(settings, prepared) if whole else None, False
+        count_S = _labelled(settings, prepared) if whole else None
     if count_S is None:
         yield Effect("data.weights", asked, "unknown rows", False, "rows that no source has")
         return
-    total = sum(count_S)
+    total = sum(count_S) + shared
     how = "rows: " + ", ".join(f"{count} of {name}" for count, name in zip(count_S, names, strict=True))
+    how += f", {shared} that several have" if shared else ""
     if wanted is None:
-        ok = all(count_S) if drawn or settings.max_samples else _all_taken(built, total)
+        ok = all(count_S) or shared > 0 if drawn or settings.max_samples else _all_taken(built, total)
         yield Effect("data.weights", None, None if ok else "a part", ok, how)
         return
-    off = [abs(count - share * total) for count, share in zip(count_S, wanted, strict=True)]
-    room = [DEVIATIONS * math.sqrt(total * share * (1 - share)) if drawn else 0.0 for share in wanted]
-    ok = all(one <= len(names) + spread for one, spread in zip(off, room, strict=True))
+    ok = True
+    for count, share in zip(count_S, wanted, strict=True):
+        room = len(names) + (DEVIATIONS * math.sqrt(total * share * (1 - share)) if drawn else 0.0)
+        ok = ok and count - room <= share * total <= count + shared + room
     found = [round(sum(asked) * count / total, 4) for count in count_S]
     yield Effect("data.weights", asked, asked if ok else found, ok, how)
 
@@ -99,24 +102,27 @@ def _labelled(settings: Any, prepared: Sequence[Any]) -> list[int] | None:
     return [counts[number] for number in range(len(settings.names("train")))]
 
 
-def _counted(built: Any, settings: Any) -> tuple[list[int] | None, bool]:
-    """Of the first rows of the stream those of each source; and whether they are drawn from more than were read."""
+def _counted(built: Any, settings: Any) -> tuple[list[int] | None, int, bool]:
+    """Of the first rows of the stream those of each source, `None` where one is of none; those that several sources
+    have; and whether they are drawn from more than were read.
+    """
     from soup.data.stream import BUFFER_ROWS
 
     report = built.prepared["train"].report
     drawn = report.sampled or report.rows > COUNTED
     number_of = COUNTED if drawn else report.rows
     names = _names(built, next(_expected(built)))
-    source: dict[str, int] = {}
+    sources: dict[str, set[int]] = {}
     for number in range(len(settings.names("train"))):
         for row in itertools.islice(_alone(settings, number), BUFFER_ROWS + number_of):
-            source.setdefault(_key(row, names), number)
-    counts: Counter[int] = Counter()
+            sources.setdefault(_key(row, names), set()).add(number)
+    counts: Counter[int | None] = Counter()
     for row in itertools.islice(built.trainer.train_dataset, number_of):
-        if _key(row, names) not in source:
-            return None, drawn
-        counts[source[_key(row, names)]] += 1
-    return [counts[number] for number in range(len(settings.names("train")))], drawn
+        its = sources.get(_key(row, names))
+        if its is None:
+            return None, 0, drawn
+        counts[min(its) if len(its) == 1 else None] += 1
+    return [counts[number] for number in range(len(settings.names("train")))], counts[None], drawn
 
 
 def _alone(settings: Any, number: int) -> Iterator[dict[str, Any]]:

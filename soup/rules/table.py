@@ -323,6 +323,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         key="data.streaming",
+        when={"data.streaming": True, "distributed": Not("none")},
+        why="every process would read and tokenise the whole stream, to train on a part of it",
+        fix="distributed=none, or data.streaming=false",
+    ),
+    Rule(
+        key="data.streaming",
         when={"data.streaming": True, "training.packing": True},
         why="best-fit packing sorts all rows by length before training",
         fix="data.streaming=false, or training.packing=false",

@@ -49,7 +49,7 @@ class Resumable:
         return self.curriculum or super()._get_train_sampler(*args, **kwargs)
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
-        """Of a stream, which has no end, one epoch: with transformers' sys.maxsize a resume at the last step goes on."""
+        """A stream is one epoch without end: of sys.maxsize of them, a resume at the last step would begin another."""
         epochs, *rest = super().set_initial_training_values(*args, **kwargs)
         return (1 if streams(self.train_dataset) else epochs, *rest)
 
