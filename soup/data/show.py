@@ -37,7 +37,7 @@ def show(prepared: Prepared, encoder: Encoder, rows: int, console: Console) -> N
             console.print(_tokens(row["input_ids"], row["labels"], encoder, coloured), soft_wrap=True)
         else:
             _sides(row, console)
-    console.print(_counts(prepared.report, prepared.split))
+    console.print(_counts(prepared.report, prepared.split, prepared.stream is not None))
     for bad in prepared.report.bad:
         console.print(Text(f"  {place(bad['source'], bad['line'])}: {bad['why']}"))
     if prepared.report.lengths["histogram"]["counts"]:
@@ -85,12 +85,18 @@ def _side(side: str | list[dict[str, str]]) -> Text:
     return Text(text if len(text) <= _LIMIT else text[:_LIMIT] + " ...")
 
 
-def _counts(report: Report, split: str) -> Table:
+def _counts(report: Report, split: str, stream: bool) -> Table:
     lengths = report.lengths
     table = Table(
         title=Text(
             f"{split}: {report.rows} rows, format {report.format}"
-            + (", estimated from the first rows" if report.sampled else "")
+            + (
+                ", the first of a stream"
+                if stream
+                else ", estimated from the first rows"
+                if report.sampled
+                else ""
+            )
         ),
         title_justify="left",
         show_header=False,
@@ -98,7 +104,12 @@ def _counts(report: Report, split: str) -> Table:
     )
     for name, value in (
         *(
-            (f"of {source['name']}", f"{source['rows']} of {source['read']} rows, format {source['format']}")
+            (
+                f"of {source['name']}",
+                f"{source['rows']}"
+                + ("" if stream else f" of {source['read']}")
+                + f" rows, format {source['format']}",
+            )
             for source in report.sources
             if len(report.sources) > 1
         ),

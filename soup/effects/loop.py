@@ -10,7 +10,7 @@ from typing import Any
 
 from soup.effects import Effect, as_it_was, same
 from soup.effects.optimizer import max_steps
-from soup.effects.sources import in_order, is_stream
+from soup.effects.sources import first_batch, in_order, is_stream
 
 
 def length(built: Any) -> Iterator[Effect]:
@@ -44,7 +44,7 @@ def batch(built: Any) -> Iterator[Effect]:
     trainer = built.trainer
     training = built.config.training
     if is_stream(trainer.train_dataset):
-        rows, wanted = _stream_batch(built), training.batch_size
+        rows, wanted = len(first_batch(built)), training.batch_size
     else:
         first = next(iter(_batches(built)))
         steps = training.gradient_accumulation_steps if built.config.task.generates else 1
@@ -132,7 +132,7 @@ def data_order(built: Any) -> Iterator[Effect]:
     requested = built.config.tree["training"]["data_seed"]
     if is_stream(built.trainer.train_dataset):
         ok, count = in_order(built)
-        how = f"the stream's first {count} rows are compared with what `datasets` draws of the files by the seed"
+        how = f"the stream's first {count} rows, and the loader's first batch, are what `datasets` draws by the seed"
         yield Effect("training.data_seed", requested, training.data_seed if ok else "another order", ok, how)
         return
     drawn = list(itertools.islice(itertools.chain.from_iterable(_batches(built)), 32))
@@ -389,21 +389,6 @@ def _aux_loss_coeff(built: Any) -> tuple[Any, Any]:
         built.model_folder, trust_remote_code=built.config.model.trust_remote_code
     ).get_text_config()
     return own.router_aux_loss_coef, live.router_aux_loss_coef
-
-
-def _stream_batch(built: Any) -> int:
-    """Rows that the loader of a stream hands to the collator at once."""
-    import torch
-
-    trainer, state = built.trainer, torch.get_rng_state()
-    real, seen = trainer.data_collator, []
-    trainer.data_collator = lambda rows: seen.append(len(rows)) or real(rows)
-    try:
-        next(iter(trainer.get_train_dataloader().base_dataloader))  # accelerate's own would count as begun
-    finally:
-        trainer.data_collator = real
-        torch.set_rng_state(state)
-    return seen[0]
 
 
 def _batches(built: Any) -> Iterator[list[int]]:

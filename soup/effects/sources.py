@@ -82,24 +82,24 @@ def _all_taken(built: Any, total: int) -> bool:
 
 def _labelled(settings: Any, prepared: Sequence[Any]) -> list[int] | None:
     """Prepared rows of each source; `None` where the first rows of one, read alone, are not there under its number."""
+    import numpy as np
     import pyarrow as pa
 
-    counts: Counter[int] = Counter()
+    count_S = np.zeros(len(settings.names("train")), dtype=int)
     there: dict[int, set[str]] = {}
     for one in prepared:
-        source_R = one.sources().tolist()
-        counts.update(source_R)
+        source_R = one.sources()
+        count_S += np.bincount(source_R, minlength=len(count_S))
         with pa.memory_map(str(one.open())) as file:
-            rows = pa.ipc.open_stream(file).read_all().to_pylist()
-        for number, row in zip(source_R, rows, strict=True):
-            there.setdefault(number, set()).add(_key(row))
-    for number in range(len(settings.names("train"))):
-        taken = min(LABELLED, counts[number])
-        names = list(prepared[0].columns)
-        for row in itertools.islice(_alone(settings, number), taken):
-            if _key({name: row.get(name) for name in names}) not in there.get(number, ()):
+            table = pa.ipc.open_stream(file).read_all()
+            for number in range(len(count_S)):
+                first = np.flatnonzero(source_R == number)[:LABELLED]
+                there.setdefault(number, set()).update(map(_key, table.take(first).to_pylist()))
+    for number, count in enumerate(count_S):
+        for row in itertools.islice(_alone(settings, number), min(LABELLED, int(count))):
+            if _key({name: row.get(name) for name in prepared[0].columns}) not in there[number]:
                 return None
-    return [counts[number] for number in range(len(settings.names("train")))]
+    return count_S.tolist()
 
 
 def _counted(built: Any, settings: Any) -> tuple[list[int] | None, int, bool]:
@@ -145,9 +145,30 @@ def streamed_rows(built: Any) -> Iterator[Effect]:
 
 
 def in_order(built: Any) -> tuple[bool, int]:
-    """Whether the stream's first rows come as `datasets` shuffles them by the seed, and how many were compared."""
+    """Whether the stream's first rows come as `datasets` shuffles them by the seed, and how many were compared.
+
+    The loader must give them as they come: the columns that it leaves of its first batch are those rows'.
+    """
     drawn, expected = _both(built)
-    return drawn == expected, len(drawn)
+    rows = held(built)
+    given = zip(first_batch(built), rows, strict=False)
+    as_given = all(row[name] == one[name] for row, one in given for name in row)
+    return drawn == expected and as_given, len(drawn)
+
+
+def first_batch(built: Any) -> list[Mapping[str, Any]]:
+    """The rows that the loader of a stream hands to the collator first; the stream stays where it is."""
+    import torch
+
+    trainer, state = built.trainer, torch.get_rng_state()
+    real, seen = trainer.data_collator, []
+    trainer.data_collator = lambda rows: seen.append([dict(row) for row in rows]) or real(rows)
+    try:
+        next(iter(trainer.get_train_dataloader().base_dataloader))  # accelerate's own would count as begun
+    finally:
+        trainer.data_collator = real
+        torch.set_rng_state(state)
+    return seen[0]
 
 
 def _both(built: Any) -> tuple[list[str], list[str]]:

@@ -236,9 +236,10 @@ def test_the_plan_of_a_stream_reads_the_first_rows_only(arguments, write, monkey
     assert (whole.rows, whole.sampled) == (5, False)
 
 
-def test_a_stream_with_held_out_files_stores_those(arguments, two):
-    made = prepare(**arguments(train=two[0], eval=two[1], streaming=True))
-    assert list(made) == ["train", "eval"] and len(load(made["eval"])) == 100
+def test_a_stream_with_held_out_files_stores_those(arguments, two, write):
+    more = write("more.jsonl", [{"instruction": "a", "output": "b"}] * 5)
+    made = prepare(**arguments(train=two[0], eval=[two[1], more], streaming=True))
+    assert list(made) == ["train", "eval"] and len(load(made["eval"])) == 105
     assert made["eval"].stream is None and not made["train"].open().exists()
 
 

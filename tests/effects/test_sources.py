@@ -124,6 +124,17 @@ def another_seed(monkeypatch):
     )
 
 
+def shuffled_by_the_loader(monkeypatch):
+    from transformers import Trainer
+
+    real = Trainer._get_dataloader
+
+    def loader(self, dataset, description, **given):
+        return real(self, dataset.shuffle(seed=1), description, **given)
+
+    monkeypatch.setattr(Trainer, "_get_dataloader", loader)
+
+
 BEFORE = {
     "a loader that ignores weights": (("data.weights=[3,1]",), ignoring_weights, "data.weights"),
     "weights dropped": (("data.weights=[3,1]",), weights_dropped, "data.weights"),
@@ -139,6 +150,7 @@ BEFORE = {
         "data.max_samples",
     ),
     "a stream in the files' order": (STREAM, unshuffled, "training.data_seed"),
+    "a stream that the loader shuffles": (STREAM, shuffled_by_the_loader, "training.data_seed"),
     "a stream in another order": (STREAM, another_seed, "training.data_seed"),
 }
 
