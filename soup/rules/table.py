@@ -439,6 +439,7 @@ RULES: tuple[Rule, ...] = (
     _pending("training.moe_lora", True),
     _pending("training.moe_aux_loss_coeff", Not(None)),
     _pending("training.curriculum_metric", Not("length")),
+    _pending("data.streaming", True, {"backend": "unsloth"}),
     _pending("training.curriculum", True, {"training.packing": True}),
     _pending("tracking.mlflow", Not(None)),
     _pending("tracking.trackio", Not(None)),
