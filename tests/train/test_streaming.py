@@ -83,15 +83,15 @@ def test_each_task_streams_and_resumes(tree, place, server, until, unequal, task
 
 
 def test_a_bad_row_that_comes_late_fails_the_run_with_file_and_row(tree, place, server, rows):
-    file = rows(number=4000, bad_at=3500)
-    run = place(tree(*STREAM, f"data.train={file}", "training.max_steps=900", "training.save_steps=100"))
+    file = rows(number=2200, bad_at=2100)
+    run = place(tree(*STREAM, f"data.train={file}", "training.max_steps=90", "training.batch_size=16"))
     process = server(run)
     assert process.wait() == 2
     shown = process.stdout.read()
     result = run.result()
     assert result["status"] == "failed"
-    assert f"{file}:3501: malformed JSON" in result["error"] and "data.on_bad_row=skip" in result["error"]
-    assert f"{file}:3501" in shown and "Traceback" not in shown
+    assert f"{file}:2101: malformed JSON" in result["error"] and "data.on_bad_row=skip" in result["error"]
+    assert f"{file}:2101" in shown and "Traceback" not in shown
     assert run.last_checkpoint() is not None, "what was learnt before is there"
 
 
@@ -99,7 +99,7 @@ def test_a_row_that_is_too_long_fails_or_is_skipped(tree, place, server, rows):
     file = rows(number=2100)
     with file.open("a") as lines:
         lines.write("\n" + json.dumps({"instruction": "a", "output": "long " * 300}))
-    words = (*STREAM, f"data.train={file}", "training.max_steps=300", "training.save_steps=300")
+    words = (*STREAM, f"data.train={file}", "training.max_steps=90", "training.batch_size=16")
     run = place(tree(*words, "data.on_too_long=refuse"))
     assert server(run).wait() == 2
     assert f"{file}:2101" in run.result()["error"] and "data.on_too_long" in run.result()["error"]
