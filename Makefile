@@ -44,6 +44,8 @@ check: setup  ## what a change must pass: format, lint, tests
 
 docs: setup  ## what is generated from the code
 	$(PY) -m soup.rules > docs/rules.md
+	SOUP_WRITE_PROOFS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/effects/test_proofs.py
+	$(PY) docs/settings.py > docs/settings.md
 
 bench: setup  ## measure what the README claims
 	@for program in bench/*.py; do echo "== $$program"; $(PY) "$$program" || exit 1; done

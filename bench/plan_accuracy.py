@@ -25,6 +25,7 @@ def rows(batch: int, tokens: int) -> list[str]:
     return ["task=pretrain", f"training.batch_size={batch}", f"data.max_length={tokens}"]
 
 
+AWARE = ["model.quantization=4bit", "model.quantization_aware=true"]
 SETTINGS = {
     "the demo": ["experiment=quickstart"],
     "1 x 128": rows(1, 128),
@@ -33,6 +34,8 @@ SETTINGS = {
     "8 x 128, checkpointing": [*rows(8, 128), "training.gradient_checkpointing=true"],
     "4 x 512, checkpointing": [*rows(4, 512), "training.gradient_checkpointing=true"],
     "4 x 128, 4-bit": [*rows(4, 128), "model.quantization=4bit"],
+    "4 x 128, simulated 4 bits": [*rows(4, 128), *AWARE],
+    "2 x 64, simulated 4 bits, all weights": [*rows(2, 64), *AWARE, "lora=none"],
     "4 x 128, rank 128": [*rows(4, 128), "lora.r=128"],
     "4 x 128, DoRA": [*rows(4, 128), "lora=dora"],
     "4 x 128, all weights": [*rows(4, 128), "lora=none"],
@@ -69,7 +72,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="settings whose name contains this")
     args = parser.parse_args()
     worst = 0.0
-    print(f"{'setting':34}{'predicted':>12}{'measured':>12}{'ratio':>8}")
+    print(f"{'setting':38}{'predicted':>12}{'measured':>12}{'ratio':>8}")
     for name, words in SETTINGS.items():
         if args.only not in name:
             continue
@@ -77,7 +80,7 @@ def main() -> int:
             predicted, measured = measure(words, args.steps, Path(folder))
         ratio = predicted / measured
         worst = max(worst, abs(ratio - 1))
-        print(f"{name:34}{predicted / 1e6:>9.0f} MB{measured / 1e6:>9.0f} MB{ratio:>8.2f}", flush=True)
+        print(f"{name:38}{predicted / 1e6:>9.0f} MB{measured / 1e6:>9.0f} MB{ratio:>8.2f}", flush=True)
     print(f"worst: {worst:.0%} off, {LIMIT:.0%} allowed")
     return int(worst > LIMIT)
 

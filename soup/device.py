@@ -12,11 +12,16 @@ BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # x86's two, and Ar
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """`kind`: cpu or cuda. `bf16`: whether it multiplies bfloat16 in hardware. `reason` says how it is known."""
+    """`kind`: cpu or cuda. `bf16`: whether it multiplies bfloat16 in hardware. `reason` says how it is known.
+
+    `memory_bytes`: what one such device holds, and `memory_reason` why that is believed.
+    """
 
     kind: str
     bf16: bool
     reason: str
+    memory_bytes: int = 80_000_000_000
+    memory_reason: str = "assumed"
 
 
 def resolve(requested: str) -> Device:
@@ -24,14 +29,25 @@ def resolve(requested: str) -> Device:
     if requested == "cuda" or (requested == "auto" and _gpus()):
         return Device(kind="cuda", bf16=True, reason="GPUs since Ampere compute bfloat16")
     flags = sorted(BF16_FLAGS & _cpu_flags())
-    if flags:
-        return Device(kind="cpu", bf16=True, reason=f"this CPU has {', '.join(flags)}")
-    return Device(kind="cpu", bf16=False, reason="this CPU has no bfloat16 instructions")
+    reason = f"this CPU has {', '.join(flags)}" if flags else "this CPU has no bfloat16 instructions"
+    return Device(
+        kind="cpu", bf16=bool(flags), reason=reason, memory_bytes=_memory(), memory_reason="this machine's"
+    )
 
 
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def _memory() -> int:
+    """Bytes of memory that this machine has, or this container may use."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return found
+    return min(found, int(limit)) if limit.isdigit() else found
 
 
 def _gpus() -> int:

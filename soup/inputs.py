@@ -41,6 +41,7 @@ def data_arguments(config: Config, model_folder: Path) -> dict[str, Any]:
         "max_samples": data.max_samples,
         "num_proc": data.num_proc,
         "streaming": data.streaming,
+        "numbers": ("difficulty",) if config.training.by_difficulty else (),
         "cache": cache.root(),
     }
 

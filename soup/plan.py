@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from soup import mixture
 from soup.device import Device
 from soup.errors import Problem, Refused
-from soup.rules import is_moe
+from soup.model import attention, liger
+from soup.model.groups import whole_groups
+from soup.packing import estimate
+from soup.rope import context as reach
+from soup.rope import scaling
+from soup.rules import broken, facts
+from soup.rules.moe import experts, is_moe
 from soup.schema import Config
+from soup.spread import Spread, spread
 
 RUNTIME_BYTES = {"cpu": 750e6, "cuda": 1.5e9}  # the process with its libraries (measured); CUDA's context
 ALLOCATOR = 1.1  # freed blocks that malloc keeps: measured activations over the tensors counted below
@@ -24,16 +32,23 @@ HOLES = {"cpu": 0.55, "cuda": 0.0}
 LOGIT_CHUNK = (
     256  # learnt tokens that TRL turns into logits at once (sft_trainer._CHUNKED_LM_HEAD_CHUNK_SIZE)
 )
+LOSS_TOKENS = 2048  # of a batch whose loss is measured for the curriculum, padding included
 LOGIT_COPIES = 6  # logits, log-softmax, their exponent and product, and two gradients, in float32
-NF4_BLOCK = 64  # weights that share a scale
 NF4_BYTES = 0.516  # a weight and its share of doubly quantized scales (arXiv:2305.14314, section 3)
+# Weights that share a scale. bitsandbytes 0.50's AVX512 kernel mistakes a block that goes on in the next row.
+NF4_BLOCK = 64
+WITHOUT_LINEAR = ("gpt2", "openai-gpt")
+SIMULATED_COPIES = 6  # of the largest layer's weight in float32, while it is rounded
 CHECKPOINTS_KEPT = 2
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Statistics of the training rows, in tokens after truncation. `sampled`: estimated from the first rows."""
+    """Statistics of the training rows, in tokens after truncation. `sampled`: estimated from the first rows.
+
+    `sample`: lengths in order that stand for all; none where they are not known.
+    """
 
     rows: int
     mean: float
@@ -44,11 +59,15 @@ class Lengths:
     learnt: int
     sampled: bool
     eval_rows: int
+    sample: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Predictions for one device. `memory` adds up to `peak_memory_bytes`; `notes` gives each number's reason."""
+    """Predictions for one device. `memory` adds up to `peak_memory_bytes`; `notes` gives each number's reason.
+
+    `devices`: how many devices such a run takes, 0 where no number is enough; `ring` of them share each row.
+    """
 
     parameters: int
     trainable: int
@@ -61,6 +80,8 @@ class Plan:
     peak_memory_bytes: int
     host_memory_bytes: int
     disk_bytes: int
+    devices: int
+    ring: int
     sampled: bool
     notes: dict[str, str] = field(default_factory=dict)
 
@@ -70,34 +91,57 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A decoder's linear layers as (name, inputs, outputs, copies) of one layer, and what lies outside them."""
+    """A decoder's linear layers as (name, inputs, outputs, copies) of one layer, and what lies outside them.
+
+    `dense`: numbers of the layers of an MoE model that have no experts, with linear layers of their own.
+    """
 
     layers: int
     hidden: int
     heads: int  # width of all query heads
     kv: int  # width of all key heads
-    ff: int
+    ff: int  # width that one token passes
     vocab: int
     linears: tuple[tuple[str, int, int, int], ...]
     experts: int
     per_layer_other: int
     outside: int
     known: bool
+    dense: tuple[int, ...] = ()
+    dense_linears: tuple[tuple[str, int, int, int], ...] = ()
+    dense_other: int = 0
+
+    def layer(self, number: int) -> tuple[tuple[str, int, int, int], ...]:
+        """The linear layers of one layer."""
+        return self.dense_linears if number in self.dense else self.linears
 
     @property
     def linear(self) -> int:
-        return self.layers * sum(i * o * copies for _, i, o, copies in self.linears)
+        return sum(i * o * copies for number in range(self.layers) for _, i, o, copies in self.layer(number))
 
     @property
     def total(self) -> int:
-        return self.linear + self.layers * self.per_layer_other + self.outside
+        return self.bottom(self.layers) + self.outside
 
-    @property
-    def per_layer(self) -> int:
-        return self.linear // self.layers + self.per_layer_other
+    def bottom(self, layers: int) -> int:
+        """Parameters of the bottom layers."""
+        linear = sum(i * o * copies for number in range(layers) for _, i, o, copies in self.layer(number))
+        dense = sum(number < layers for number in self.dense)
+        return linear + dense * self.dense_other + (layers - dense) * self.per_layer_other
 
 
-KNOWN = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "smollm3")
+KNOWN = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v3",
+)
 
 
 def shape(model: Mapping[str, Any]) -> Shape:
@@ -112,21 +156,19 @@ def shape(model: Mapping[str, Any]) -> Shape:
     query = heads * width
     vocab = int(model.get("vocab_size") or 32000)
     ff = int(model.get("intermediate_size") or 4 * hidden)
-    experts = 1
-    if is_moe(model):
-        experts = int(model.get("num_local_experts") or model.get("num_experts") or model["n_routed_experts"])
-        ff = int(model.get("moe_intermediate_size") or ff)
     linears: list[tuple[str, int, int, int]] = [
         ("q_proj", hidden, query, 1),
         ("k_proj", hidden, kv, 1),
         ("v_proj", hidden, kv, 1),
         ("o_proj", query, hidden, 1),
-        ("gate_proj", hidden, ff, experts),
-        ("up_proj", hidden, ff, experts),
-        ("down_proj", ff, hidden, experts),
     ]
     other = 2 * hidden  # norms
-    if kind == "qwen2":
+    if model.get("kv_lora_rank"):
+        linears, norms, query = mixture.latent_attention(model, hidden, heads)
+        other, kv = other + norms, query
+    if kind == "olmoe":
+        other += query + kv  # norms of q and k
+    if kind == "qwen2" or kind == "qwen2_moe" and model.get("qkv_bias", True):
         other += query + 2 * kv  # biases of q, k and v
     if kind.startswith("qwen3"):
         other += 2 * width  # norms of q and k
@@ -134,8 +176,14 @@ def shape(model: Mapping[str, Any]) -> Shape:
         other += query + 2 * kv + hidden
     if model.get("mlp_bias"):
         other += 2 * ff + hidden
-    if experts > 1:
-        other += hidden * experts  # the router
+    dense_linears, dense_other, dense = (), 0, ()
+    if is_moe(model):
+        dense = mixture.dense_layers(model, layers)
+        dense_linears, dense_other = (*linears, *mixture.gated("mlp.", hidden, ff)), other
+        sparse, router, ff = mixture.feed_forward(model, hidden)
+        linears, other = linears + sparse, other + router
+    else:
+        linears += mixture.gated("", hidden, ff)
     tied = bool(model.get("tie_word_embeddings", kind in ("gemma", "gemma2", "gemma3_text")))
     return Shape(
         layers=layers,
@@ -145,31 +193,40 @@ def shape(model: Mapping[str, Any]) -> Shape:
         ff=ff,
         vocab=vocab,
         linears=tuple(linears),
-        experts=experts,
+        experts=experts(model),
         per_layer_other=other,
         outside=vocab * hidden * (1 if tied else 2) + hidden,
         known=kind in KNOWN,
+        dense=dense,
+        dense_linears=dense_linears,
+        dense_other=dense_other,
     )
 
 
 def adapter_parameters(config: Config, decoder: Shape) -> int:
     """Parameters of the adapters: A and B of each adapted layer above the frozen ones, and DoRA's magnitudes.
 
-    Fused experts (one parameter in transformers 5) are not linear layers, so `all-linear` passes them by.
+    An expert has an A and a B of its own beside each matrix that is fused.
     """
     spec = config.lora
     if spec.r is None:
         return 0
-    wanted = spec.target_modules
     total = 0
-    for name, inputs, outputs, _ in decoder.linears:
-        if wanted == "all-linear":
-            adapted = decoder.experts == 1 or name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))
-        else:
-            adapted = name in ((wanted,) if isinstance(wanted, str) else wanted)
-        if adapted:
-            total += spec.r * (inputs + outputs) + (outputs if spec.use_dora else 0)
-    return total * (decoder.layers - config.training.frozen(decoder.layers))
+    for number in range(config.training.frozen(decoder.layers), decoder.layers):
+        for name, inputs, outputs, copies in decoder.layer(number):
+            if _adapted(config, name):
+                total += copies * spec.r * (inputs + outputs) + (outputs if spec.use_dora else 0)
+    return total
+
+
+def _adapted(config: Config, name: str) -> bool:
+    """Whether a linear layer, or fused experts, get adapters; `all-linear` passes an MoE model's MLPs by."""
+    if name.startswith("experts."):
+        return config.training.moe_lora
+    wanted = config.lora.target_modules
+    if wanted == "all-linear":
+        return "." not in name
+    return name in ((wanted,) if isinstance(wanted, str) else wanted)
 
 
 def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: Lengths) -> Plan:
@@ -177,20 +234,24 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
 
     Raises:
         Refused: the data do not fill a single step of a task that leaves smaller ones out, or a row is longer than
-            the model's context.
+            the model's context, or that one cannot be stretched as asked.
     """
     decoder = shape(model)
+    stretched = scaling(config, model)
     _within_context(config, model, lengths)
     _projects(config, decoder)
-    _four_bits(config, decoder, device)
-    training, task, spread, lora = config.training, config.task, config.distributed, config.lora
-    notes: dict[str, str] = {}
+    _quantizes(config, decoder, device, str(model.get("model_type")))
+    _runs(config, model, device)
+    training, task, lora = config.training, config.task, config.lora
+    notes: dict[str, str] = {} if stretched is None else {"context": f"{stretched.kind}: {stretched.reason}"}
     adapters = adapter_parameters(config, decoder)
     frozen = _frozen_layers(config, decoder)
-    trainable = adapters if lora.r is not None else decoder.total - frozen * decoder.per_layer
+    trainable = adapters if lora.r is not None else decoder.total - decoder.bottom(frozen)
     kind = model.get("model_type")
     notes["parameters"] = (
-        f"from config.json ({kind})" if decoder.known else f"an estimate: {kind} is counted as a dense Llama"
+        f"from config.json ({kind})"
+        if decoder.known
+        else f"an estimate: {kind} is counted as a {'dense Llama' if decoder.experts == 1 else 'Mixtral'}"
     )
     notes["trainable"] = (
         f"all weights but those of {frozen} of {decoder.layers} layers"
@@ -198,10 +259,13 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
         else "all weights"
         if lora.r is None
         else f"adapters of rank {lora.r} on {config.tree['lora']['target_modules']}"
+        + (f" and {decoder.experts} experts" if training.moe_lora else "")
     )
 
     dtype, notes["dtype"] = _dtype(config, device)
-    replicas = max(1, spread.world // (config.longctx.ring_size if config.longctx.use_ring_attention else 1))
+    replicas = max(
+        1, config.distributed.world // (config.longctx.ring_size if config.longctx.use_ring_attention else 1)
+    )
     rows_per_step = training.batch_size * training.gradient_accumulation_steps * replicas
     notes["rows_per_step"] = (
         f"{training.batch_size} per device x {training.gradient_accumulation_steps} accumulation"
@@ -209,11 +273,13 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
     )
     sequences = lengths.rows * task.samples
     mean, longest = lengths.mean, min(config.data.max_length, lengths.max)
-    if training.packing:  # best fit leaves next to nothing of a row empty
-        sequences = math.ceil(lengths.tokens / config.data.max_length)
-        mean = longest = min(config.data.max_length, lengths.tokens)
-        notes["packing"] = (
-            f"about {sequences} rows of {config.data.max_length} tokens from {lengths.rows} documents"
+    if training.packing:
+        sequences, notes["packing"] = _packed(config, lengths)
+        mean = round(min(config.data.max_length, lengths.tokens / sequences), 1)
+        longest = min(config.data.max_length, lengths.tokens)
+    if training.curriculum and training.curriculum_metric == "loss":
+        notes["curriculum"] = (
+            f"the base model's loss of {lengths.rows} rows is measured first, once for all runs"
         )
     micro = math.ceil(sequences / (training.batch_size * replicas))
     per_epoch = max(1, math.ceil(micro / training.gradient_accumulation_steps))
@@ -241,14 +307,16 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
 
     parts, notes["memory"] = _memory(config, decoder, device, longest, dtype, trainable, adapters)
     host = 0.0
-    for name in spread.offloads:
+    for name in config.distributed.offloads:
         host += parts[name] if device.kind == "cuda" else 0
         if device.kind == "cuda":
             parts[name] = 0
     memory = {name: round(size) for name, size in parts.items()}
+    row = longest if stretched is None else max(longest, config.data.max_length)
+    needs, notes["devices"] = _devices(config, model, decoder, device, row, dtype, trainable, adapters)
     saved = 4 * adapters if lora.r is not None else BYTES[dtype] * decoder.total
     beside = task.trained_models * decoder.total  # PPO's value model, in float32
-    state = config.optim.state_bytes * (trainable + beside)
+    state = _optimizer_bytes(config, decoder, trainable + beside)
     disk = CHECKPOINTS_KEPT * (saved + 4 * beside + state) + saved
     notes["disk"] = f"{CHECKPOINTS_KEPT} checkpoints with optimizer state, and the final model"
     return Plan(
@@ -263,14 +331,33 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
         peak_memory_bytes=sum(memory.values()),
         host_memory_bytes=round(host),
         disk_bytes=round(disk),
+        devices=needs.devices,
+        ring=needs.ring,
         sampled=lengths.sampled,
         notes=notes,
     )
 
 
+def _packed(config: Config, lengths: Lengths) -> tuple[int, str]:
+    """Rows that the documents fill, by best fit of lengths like theirs, and how full those are."""
+    training, size = config.training, config.data.max_length
+    sequences = math.ceil(lengths.tokens / size)
+    if lengths.sample:
+        buckets = training.curriculum_buckets if training.curriculum else 1
+        by_length = training.curriculum_metric == "length"
+        sequences = estimate(lengths.sample, lengths.rows, size, buckets=buckets, by_length=by_length)
+        sequences = max(sequences, math.ceil(lengths.tokens / size))
+    full = lengths.tokens / (sequences * size)
+    within = f", packed within {training.curriculum_buckets} buckets" if training.curriculum else ""
+    return (
+        sequences,
+        f"about {sequences} rows of {size} tokens from {lengths.rows} documents, {full:.0%} full{within}",
+    )
+
+
 def _within_context(config: Config, model: Mapping[str, Any], lengths: Lengths) -> None:
     """Refuses a row that, with what is generated after it, reaches positions that the model was not made for."""
-    context = (model.get("text_config") or model).get("max_position_embeddings")
+    context = reach(model)
     longest = min(config.data.max_length, lengths.max)
     if (
         context is None
@@ -303,16 +390,30 @@ def _projects(config: Config, decoder: Shape) -> None:
         raise Refused(Problem(key="optim.galore_rank", value=knobs["rank"], why=why, fix=fix))
 
 
-def _four_bits(config: Config, decoder: Shape, device: Device) -> None:
-    """Refuses 4-bit layers that bitsandbytes 0.50 reads wrongly on a CPU: its kernel begins a block at each row."""
-    model = config.model
-    if device.kind != "cpu" or model.quantization != "4bit" or model.quantization_aware:
-        return
-    odd = [f"{name} has {inputs}" for name, inputs, _, _ in decoder.linears if inputs % NF4_BLOCK]
-    if odd:
-        why = f"bitsandbytes' CPU kernel takes inputs in multiples of {NF4_BLOCK}, and this model's {odd[0]}"
+def _quantizes(config: Config, decoder: Shape, device: Device, kind: str) -> None:
+    """Refuses layers whose inputs are not whole groups of a scale each, and a model without linear layers."""
+    inputs = {name: count for name, count, _, _ in decoder.linears}
+    if config.model.quantization_aware:
+        if kind in WITHOUT_LINEAR:
+            why = f"{kind} has Conv1D layers, and torchao's fake quantization wraps linear ones"
+            fix = "model.quantization_aware=false, or another model"
+            raise Refused(Problem(key="model.quantization_aware", value="true", why=why, fix=fix))
+        whole_groups(config.model, inputs)
+    uneven = {name: count for name, count in inputs.items() if count % NF4_BLOCK}
+    if uneven and config.model.stored == "4bit" and device.kind == "cpu":
+        name, count = next(iter(uneven.items()))
+        why = f"on a CPU bitsandbytes reads rows wrongly that are no multiple of {NF4_BLOCK} long, as the {count} "
+        why += f"inputs of {name} are"
         fix = "model.quantization=8bit or none"
         raise Refused(Problem(key="model.quantization", value="4bit", why=why, fix=fix))
+
+
+def _runs(config: Config, model: Mapping[str, Any], device: Device) -> None:
+    """Refuses kernels that were asked for and have nothing for this model, whatever the machine has."""
+    training = config.training
+    dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
+    attention.refuse_unfit(training.use_flash_attn, model, device.kind, dtype)
+    liger.refuse_unfit(training.use_liger, model, config.tree["lora"].get("target_modules", ()))
 
 
 def _frozen_layers(config: Config, decoder: Shape) -> int:
@@ -358,8 +459,7 @@ def _memory(
         2 if device.bf16 and dtype != "float32" or device.bf16 and config.model.dtype == "auto" else size
     )
     per_weight = {"none": size, "4bit": NF4_BYTES, "8bit": 1.01}
-    quantized = config.model.quantization if not config.model.quantization_aware else "none"
-    frozen = decoder.linear * per_weight[quantized] + (decoder.total - decoder.linear) * size
+    frozen = decoder.linear * per_weight[config.model.stored] + (decoder.total - decoder.linear) * size
     weights = frozen + 4 * adapters
     copies = task.reference and config.lora.r is None and not task.precompute_ref
     beside = {  # models that other tasks do not have
@@ -374,7 +474,9 @@ def _memory(
     batch_tokens = training.batch_size * task.forwards * length / ring
     one_layer = _layer_floats(decoder) * products
     if config.lora.use_dora:  # the frozen layer's output and the adapter's, each scaled by a magnitude
-        one_layer += 2 * sum(outputs * copies for _, _, outputs, copies in decoder.linears) * products
+        one_layer += (
+            2 * sum(outputs for name, _, outputs, _ in decoder.linears if _adapted(config, name)) * products
+        )
     if training.gradient_checkpointing:
         holes = HOLES[device.kind] * decoder.layers * one_layer
         activations = batch_tokens * (decoder.layers * decoder.hidden * products + one_layer + holes)
@@ -386,6 +488,16 @@ def _memory(
         how = "what backward needs of every layer" + (
             " above the frozen ones" if kept < decoder.layers else ""
         )
+    if config.model.quantization_aware:
+        activations += _simulated_weights(config, decoder, products)
+        how += "; each layer's rounded weight"
+    if training.moe_lora:  # PEFT computes with the sum of the experts and their adapters, a copy in each pass
+        copied = (
+            2 if training.gradient_checkpointing else 1 + kept
+        )  # and its gradient, of one layer at a time
+        one = sum(i * o * copies for name, i, o, copies in decoder.linears if name.startswith("experts."))
+        activations += copied * one * size / ALLOCATOR
+        how += ", with a copy of its experts"
     if task.config == "trl:SFTConfig":
         logits = min(LOGIT_CHUNK, batch_tokens) * decoder.vocab * 4 * LOGIT_COPIES
         how_logits = f"{LOGIT_CHUNK} learnt tokens at a time"
@@ -396,6 +508,10 @@ def _memory(
         rollouts = training.batch_size * training.gradient_accumulation_steps * task.generates
         logits = max(logits, rollouts * decoder.vocab * 4 * 2)
         how_logits += ", or twice those of every generated token of a step, whichever is more"
+    if training.curriculum and training.curriculum_metric == "loss":
+        whole = max(LOSS_TOKENS, longest) * decoder.vocab * size + longest * decoder.vocab * 8
+        if whole > logits:
+            logits, how_logits = whole, "every token, while the base model's loss is measured"
     world = spread.world
     shared = world if "weights" in spread.shards else 1
     parts = {
@@ -413,12 +529,72 @@ def _memory(
     return parts, note
 
 
+def _simulated_weights(config: Config, decoder: Shape, products: int) -> float:
+    """Rounded weights that backward needs, of one layer where it is recomputed, and the largest one's copies.
+
+    Weights that train also keep a byte each: whether the rounding let their gradient through.
+    """
+    kept = decoder.linear / (decoder.layers if config.training.gradient_checkpointing else 1)
+    largest = max(inputs * outputs for _, inputs, outputs, _ in decoder.linears)
+    return kept * (products + (config.lora.r is None)) + SIMULATED_COPIES * 4 * largest
+
+
+def _devices(
+    config: Config,
+    model: Mapping[str, Any],
+    decoder: Shape,
+    device: Device,
+    row: int,
+    dtype: str,
+    *sizes: int,
+) -> tuple[Spread, str]:
+    """How many devices hold this run with rows of `row` tokens, where the rules let it be spread, and why so many."""
+    alone = replace(
+        config,
+        distributed=replace(config.distributed, processes=1, nodes=1, shards=(), offloads=()),
+        longctx=replace(config.longctx, use_ring_attention=False, ring_size=1),
+    )
+    capacity = device.memory_bytes
+
+    def needed(checkpointing: bool, **allowed: bool) -> Spread:
+        training = replace(config.training, gradient_checkpointing=checkpointing)
+        whole, _ = _memory(replace(alone, training=training), decoder, device, row, dtype, *sizes)
+        return spread(whole, capacity, **allowed)
+
+    allowed = {"shards": False, "rings": False}
+    found = needed(config.training.gradient_checkpointing, **allowed)
+    if found.devices != 1:
+        here = facts(config, device=device.kind, model_config=model)
+        many = {"distributed": "zero3", "distributed.processes": 2}
+        ring = {"longctx.use_ring_attention": True, "longctx.ring_size": 2}
+        allowed = {"shards": not broken(here | many), "rings": not broken(here | many | ring)}
+        found = needed(config.training.gradient_checkpointing, **allowed)
+    each = f"{capacity / 1e9:.0f} GB each ({device.memory_reason})"
+    tokens = f"a batch of {config.training.batch_size} x {row + config.task.generates} tokens"
+    if found.devices == 0:
+        note = f"no number of devices of {each} holds {tokens}"
+        if not allowed["rings"]:
+            note += ": this task's rows are not spread over devices"
+    elif found.devices == 1:
+        note = f"one of {each} holds {tokens}"
+    else:
+        note = f"of {each} hold {tokens}: {found.bytes / 1e9:.0f} GB on each"
+        note += f", with distributed=zero3 distributed.processes={found.devices}" if found.sharded else ""
+        if found.ring > 1:
+            note += f" longctx.use_ring_attention=true longctx.ring_size={found.ring}"
+    if found.devices != 1 and not config.training.gradient_checkpointing:
+        less = needed(True, **allowed).devices
+        if less and (less < found.devices or not found.devices):
+            note += f"; {less} with training.gradient_checkpointing=true"
+    return found, note
+
+
 def _layer_floats(decoder: Shape) -> float:
     """Numbers that backward needs of one layer, for one token.
 
     Two norms keep input, normalised and scaled values (6 d); q and k before and after the rotation, v, and k and v
-    repeated for grouped queries; the attention's output; gate, up, their activation and product (4 ff). An MoE
-    token passes few experts: one is counted.
+    repeated for grouped queries; the attention's output; gate, up, their activation and product (4 ff), of the few
+    experts that a token passes in an MoE model.
     """
     attention = 2 * (decoder.heads + decoder.kv) + decoder.kv + decoder.heads
     repeated = 2 * decoder.heads if decoder.kv < decoder.heads else 0
@@ -426,7 +602,11 @@ def _layer_floats(decoder: Shape) -> float:
 
 
 def _optimizer_bytes(config: Config, decoder: Shape, trainable: int) -> float:
-    """State of the optimizer; GaLore keeps its moments in the projection, and the projection itself."""
+    """State of the optimizer; GaLore keeps its moments in the projection, and the projection itself; Muon one moment
+    of matrices."""
+    if config.optim.muon is not None and config.lora.r is None:  # AdamW's second moment for what is no matrix
+        layers = decoder.layers - config.training.frozen(decoder.layers)
+        return config.optim.state_bytes * (2 * trainable - decoder.linear // decoder.layers * layers)
     if config.optim.galore is None:
         return config.optim.state_bytes * trainable
     rank = config.optim.galore["rank"]

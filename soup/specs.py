@@ -46,6 +46,7 @@ class TaskSpec(Spec):
     `frozen_models`, `trained_models`: models of the policy's size beside it and its reference.
     `forwards`: sequences that pass the model for one row of the batch (2 for a preference pair).
     `evaluates`: whether the trainer can evaluate held-out rows.
+    `balances`: whether the trainer adds the balancing loss of an MoE model's router.
     `reference`: whether the loss needs a frozen reference policy.
     """
 
@@ -65,6 +66,7 @@ class TaskSpec(Spec):
     trained_models: int = 0
     forwards: int = 1
     evaluates: bool = True
+    balances: bool = True
     reference: bool = False
     precompute_ref: bool = False
 
@@ -78,9 +80,15 @@ class ModelSpec(Spec):
     dtype: str
     quantization: str
     quantization_aware: bool
+    quantization_group_size: int
     revision: str | None = None
     trust_remote_code: bool = False
     chat_template: str | None = None
+
+    @property
+    def stored(self) -> str:
+        """The quantization that weights are held in: none where it is only simulated."""
+        return "none" if self.quantization_aware else self.quantization
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +133,7 @@ class LoraSpec(Spec):
 class OptimSpec(Spec):
     """An optimizer and its schedule. `state_bytes`: optimizer state per trained parameter, in bytes.
 
-    `galore`: rank, update_proj_gap and scale of its projections.
+    `galore`: rank, update_proj_gap and scale of its projections. `muon`: momentum, nesterov and ns_steps.
     """
 
     lr: float
@@ -134,6 +142,7 @@ class OptimSpec(Spec):
     warmup_ratio: float
     state_bytes: float
     galore: Mapping[str, Any] | None = None
+    muon: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +161,13 @@ class DistributedSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class LongctxSpec(Spec):
-    """Longer contexts than the model was trained for."""
+    """Longer contexts than the model was trained for. `parameters`: those of the kind of scaling, beside its factor."""
 
     rope_scaling_type: str
     rope_factor: float | None
     use_ring_attention: bool
     ring_size: int
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +205,11 @@ class TrainingSpec(Spec):
     data_seed: int
     gradient_checkpointing: bool
     packing: bool
+    use_liger: bool
+    use_flash_attn: str
     neftune_alpha: float
     curriculum: bool
+    curriculum_metric: str
     curriculum_buckets: int
     freeze_layers: int
     freeze_ratio: float
@@ -204,6 +217,13 @@ class TrainingSpec(Spec):
     loss_watchdog_threshold: float
     loss_watchdog_patience: int
     loss_watchdog_action: str
+    moe_lora: bool
+    moe_aux_loss_coeff: float | None
+
+    @property
+    def by_difficulty(self) -> bool:
+        """Whether the rows' own column `difficulty` decides their order."""
+        return self.curriculum and self.curriculum_metric == "difficulty"
 
     def frozen(self, layers: int) -> int:
         """Bottom layers, of `layers`, that do not train."""

@@ -113,6 +113,61 @@ def tiny_model(model_folder, tmp_path_factory) -> Path:
     return folder
 
 
+EXPERTS = {
+    "mixtral": {
+        "num_local_experts": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "router_aux_loss_coef": 0.02,
+    },
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "num_key_value_heads": 2, "head_dim": 16},
+    "deepseek_v3": {  # latent attention, a dense layer below, a shared expert
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 32,
+        "num_key_value_heads": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def expert_model(model_folder, tmp_path_factory) -> Callable[..., Path]:
+    """`expert_model("mixtral")`: that tokenizer and a random mixture of 4 experts, 2 for each token, in 2 layers."""
+    made: dict[str, Path] = {}
+
+    def folder(kind: str, **settings: Any) -> Path:
+        name = "-".join([kind, *map(str, settings.values())])
+        if name not in made:
+            import torch
+            from transformers import AutoConfig, AutoModelForCausalLM
+
+            common = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96}
+            common |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_experts_per_tok": 2}
+            common |= {
+                "max_position_embeddings": 512,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+                "pad_token_id": 0,
+            }
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                config = AutoConfig.for_model(kind, **common | EXPERTS.get(kind, {}) | settings)
+                model = AutoModelForCausalLM.from_config(config)
+            made[name] = tmp_path_factory.mktemp("experts") / kind
+            shutil.copytree(model_folder, made[name])
+            model.save_pretrained(made[name])
+        return made[name]
+
+    return folder
+
+
 @pytest.fixture(scope="session")
 def compose() -> Callable[..., dict[str, Any]]:
     """`compose("lora=dora", "optim.lr=1e-3")`: the resolved tree, as `python -m soup` composes it."""

@@ -22,6 +22,7 @@ LLAMA = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
 }
 LENGTHS = Lengths(
     rows=100, mean=50, p50=50, p95=60, max=64, tokens=5000, learnt=2500, sampled=False, eval_rows=0
@@ -31,6 +32,10 @@ PLANNED = ("model", "data", "task", "backend", "lora", "optim", "distributed", "
 
 def node(group, choice):
     read = yaml.safe_load((CONF / group / f"{choice}.yaml").read_text()) or {}
+    if group == "longctx" and choice != "none":
+        read["rope_factor"] = 2.0
+    for name in {"short_factor", "long_factor"} & set(read):
+        read[name] = [1.0] * 8
     return read | {"base": "org/model"} if read.get("base") == "???" else read
 
 

@@ -16,6 +16,8 @@ CONF = Path(__file__).parents[1] / "conf"
 FACTS = {
     "device": ("cpu", "cuda"),
     "model.moe": (False, True),
+    "model.balanced": (False, True),
+    "lora.names_experts": (True,),
     "task.whole_groups": (False,),
     "task.weighed": (False,),
     "data.weighed": (False,),
@@ -122,15 +124,47 @@ def test_the_default_configuration_breaks_no_rule(tree):
         assert rules.pending(found) == []
 
 
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 8}
 REFUSED = {
     "galore with an adapter": (("optim=galore",), "lora"),
     "galore, quantized": (("optim=galore", "lora=none", "model.quantization=4bit"), "model.quantization"),
     "galore with unsloth": (("optim=galore", "lora=none", "backend=unsloth"), "backend"),
     "all weights, quantized": (("lora=none", "model.quantization=8bit"), "lora"),
     "aware of no quantization": (("model.quantization_aware=true",), "model.quantization_aware"),
+    "aware with unsloth": (
+        ("model.quantization=4bit", "model.quantization_aware=true", "backend=unsloth"),
+        "model.quantization_aware",
+    ),
+    "aware, DoRA with dropout": (
+        ("model.quantization=4bit", "model.quantization_aware=true", "lora=dora", "lora.dropout=0.1"),
+        "lora.dropout",
+    ),
+    "aware and sharded": (
+        ("model.quantization=4bit", "model.quantization_aware=true", "distributed=zero3"),
+        "model.quantization_aware",
+    ),
+    "groups of nothing": (("model.quantization_group_size=64",), "model.quantization_group_size"),
     "packed pairs": (("task=dpo", "training.packing=true"), "training.packing"),
     "experts of a dense model": (("training.moe_lora=true",), "training.moe_lora"),
     "a router of a dense model": (("training.moe_aux_loss_coeff=0.1",), "training.moe_aux_loss_coeff"),
+    "a router without a balancing loss": (
+        ("training.moe_aux_loss_coeff=0.1", {"model_type": "deepseek_v3", "n_routed_experts": 8}),
+        "training.moe_aux_loss_coeff",
+    ),
+    "a reward model's router": (
+        ("task=reward", "training.moe_aux_loss_coeff=0.1", MIXTRAL),
+        "training.moe_aux_loss_coeff",
+    ),
+    "DoRA on experts": (("lora=dora", "training.moe_lora=true", MIXTRAL), "lora.use_dora"),
+    "dropout on experts": (("lora.dropout=0.1", "training.moe_lora=true", MIXTRAL), "lora.dropout"),
+    "experts by name": (("lora.target_modules=[q_proj,w1]", MIXTRAL), "lora.target_modules"),
+    "a router by name": (("lora.target_modules=gate", MIXTRAL), "lora.target_modules"),
+    "quantized experts": (("model.quantization=4bit", MIXTRAL), "model.quantization"),
+    "experts with unsloth": (("backend=unsloth", MIXTRAL), "backend"),
+    "sharded experts": (
+        ("distributed=zero3", "distributed.processes=2", "training.moe_lora=true", MIXTRAL),
+        "distributed",
+    ),
     "frozen twice": (("training.freeze_layers=1", "training.freeze_ratio=0.5"), "training.freeze_ratio"),
     "held out twice": (("data.eval=x.jsonl", "data.eval_fraction=0.1"), "data.eval_fraction"),
     "processes of one": (("distributed.processes=2",), "distributed.processes"),
@@ -142,6 +176,20 @@ REFUSED = {
     ),
     "PPO without a reward": (("task=ppo",), "task.reward_model"),
     "liger on a CPU": (("training.use_liger=true",), "training.use_liger"),
+    "a curriculum by a loss that is random": (
+        ("task=reward", "training.curriculum=true", "training.curriculum_metric=loss"),
+        "training.curriculum_metric",
+    ),
+    "an idle metric": (("training.curriculum_metric=loss",), "training.curriculum_metric"),
+    "Muon with LoRA+": (("optim=muon", "lora=loraplus"), "lora.loraplus_lr_ratio"),
+    "Muon for PPO": (("optim=muon", "task=ppo"), "optim"),
+    "Muon, sharded": (("optim=muon", "distributed=zero2"), "distributed"),
+    "DoRA on 8 bits": (("lora=dora", "model.quantization=8bit"), "lora.use_dora"),
+    "flash attention on a CPU": (("training.use_flash_attn=v3",), "training.use_flash_attn"),
+    "flash attention off with unsloth": (
+        ("backend=unsloth", "training.use_flash_attn=off"),
+        "training.use_flash_attn",
+    ),
     "float16 on a CPU": (("model.dtype=float16",), "model.dtype"),
     "preferences with unsloth on a CPU": (("backend=unsloth", "task=dpo"), "task"),
     "packing with unsloth on a CPU": (("backend=unsloth", "training.packing=true"), "training.packing"),
@@ -169,9 +217,42 @@ REFUSED = {
 
 @pytest.mark.parametrize(("overrides", "key"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_cannot_work_is_refused(tree, overrides, key):
-    config = schema.check(tree(*overrides))
-    found = rules.facts(config, device="cpu", model_config={"model_type": "llama"})
+    *words, last = overrides
+    words, model = (words, last) if isinstance(last, dict) else (overrides, {"model_type": "llama"})
+    config = schema.check(tree(*words))
+    found = rules.facts(config, device="cpu", model_config=model)
     assert key in {problem.key for problem in rules.broken(found)}
+
+
+ON_A_GPU = {
+    "flash attention in 32 bits": (
+        ("training.use_flash_attn=v2", "model.dtype=float32"),
+        "training.use_flash_attn",
+    ),
+    "liger with unsloth": (("training.use_liger=true", "backend=unsloth"), "training.use_liger"),
+    "liger and stock kernels": (("training.use_liger=true", "backend.kernels=stock"), "training.use_liger"),
+    "liger, a task without its loss": (("training.use_liger=true", "task=orpo"), "training.use_liger"),
+    "liger, another number": (("training.use_liger=true", "task=kto"), "training.use_liger"),
+    "liger, a table of the reference": (
+        ("training.use_liger=true", "task=dpo", "task.precompute_ref=true"),
+        "training.use_liger",
+    ),
+    "liger, conservative DPO": (
+        ("training.use_liger=true", "task=dpo", "task.label_smoothing=0.1"),
+        "training.use_liger",
+    ),
+    "liger": (("training.use_liger=true",), None),
+    "flash attention": (("training.use_flash_attn=v2",), None),
+    "liger, GRPO": (("training.use_liger=true", "task=grpo"), None),
+}
+
+
+@pytest.mark.parametrize(("overrides", "key"), ON_A_GPU.values(), ids=ON_A_GPU.keys())
+def test_kernels_on_a_gpu(tree, overrides, key):
+    config = schema.check(tree(*overrides))
+    found = rules.facts(config, device="cuda", model_config={"model_type": "llama"})
+    assert {problem.key for problem in rules.broken(found)} == ({key} if key else set())
+    assert rules.pending(found) == []
 
 
 def test_problems_come_together(tree):

@@ -182,6 +182,32 @@ def galore(
     )
 
 
+def muon(
+    *,
+    lr: Rate,
+    weight_decay: Decay,
+    momentum: Moment,
+    nesterov: bool,
+    ns_steps: Annotated[int, Ge(1), Lt(100)],
+    scheduler: Scheduler,
+    warmup_ratio: Ratio,
+) -> OptimSpec:
+    """Muon (Jordan 2024, arXiv:2502.16982): each matrix's momentum, orthogonalised by Newton and Schulz's iteration.
+
+    `ns_steps`: of that iteration. What is no matrix of a hidden layer trains with AdamW (betas 0.9 and 0.999).
+    """
+    return _spec(
+        "adamw_torch_fused",  # of transformers' optimizers; soup.train.optimizers makes this one
+        lr,
+        weight_decay,
+        scheduler,
+        warmup_ratio,
+        state_bytes=FP32,
+        muon={"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps},
+        effects=(*EFFECTS, "optimizer:muon"),
+    )
+
+
 _BITSANDBYTES = (Package(distribution="bitsandbytes", extra="quant"),)
 
 
@@ -197,6 +223,7 @@ def _spec(
     requires: tuple[Package, ...] = (),
     effects: tuple[str, ...] = EFFECTS,
     galore: dict[str, Any] | None = None,
+    muon: dict[str, Any] | None = None,
 ) -> OptimSpec:
     return OptimSpec(
         lr=lr,
@@ -205,6 +232,7 @@ def _spec(
         warmup_ratio=warmup_ratio,
         state_bytes=state_bytes,
         galore=galore,
+        muon=muon,
         args={
             "optim": optim,
             "learning_rate": lr,

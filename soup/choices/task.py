@@ -158,6 +158,7 @@ def reward(*, center_rewards_coefficient: Annotated[float, Ge(0)]) -> TaskSpec:
         shape="preference",
         embedded="preference",
         head="score",
+        balances=False,
         forwards=2,
         args={"center_rewards_coefficient": center_rewards_coefficient or None, "disable_dropout": False},
         effects=("task:loss",),
@@ -226,6 +227,7 @@ def ppo(
         files=tuple(model for model in (reward_model, value_model) if model is not None),
         frozen_models=1,
         trained_models=1,
+        balances=False,
         evaluates=False,
         reference=True,
         args={

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from soup.specs import TrainingSpec
+from soup.specs import Package, TrainingSpec
 
 Count = Annotated[int, Ge(1)]
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
@@ -56,6 +56,8 @@ def training(
         data_seed=data_seed,
         gradient_checkpointing=gradient_checkpointing,
         packing=packing,
+        use_liger=use_liger,
+        use_flash_attn=use_flash_attn,
         neftune_alpha=neftune_alpha,
         freeze_layers=freeze_layers,
         freeze_ratio=freeze_ratio,
@@ -64,7 +66,10 @@ def training(
         loss_watchdog_patience=loss_watchdog_patience,
         loss_watchdog_action=loss_watchdog_action,
         curriculum=curriculum,
+        curriculum_metric=curriculum_metric,
         curriculum_buckets=curriculum_buckets,
+        moe_lora=moe_lora,
+        moe_aux_loss_coeff=moe_aux_loss_coeff,
         args={
             "num_train_epochs": epochs,
             "max_steps": -1 if max_steps is None else max_steps,
@@ -79,19 +84,25 @@ def training(
             "data_seed": data_seed,
             "gradient_checkpointing": gradient_checkpointing,
             **({"packing": True} if packing else {}),
+            **({"use_liger_kernel": True} if use_liger else {}),
         },
+        requires=(Package(distribution="liger-kernel", extra="liger"),) if use_liger else (),
         effects=(
             "loop:length",
             "loop:batch",
             "loop:clipping",
             "loop:seed",
             "loop:data_order",
-            "loop:curriculum",
+            "curriculum:curriculum",
             "loop:intervals",
             "loop:gradient_checkpointing",
             "loop:neftune",
             "loop:freezing",
             "watchdog:watchdog",
+            "moe:experts",
+            "moe:balancing",
             "data:packing",
+            "kernels:attention",
+            "kernels:liger",
         ),
     )

@@ -15,9 +15,10 @@ from soup.cli.compose import Point
 from soup.data.report import Report
 from soup.device import Device, resolve
 from soup.errors import NotAvailableYet, Problem, Refused
-from soup.model import source
+from soup.model import attention, source
 from soup.model.names import untargeted
 from soup.plan import Lengths, Plan, plan
+from soup.rope import scorers_fit
 from soup.schema import Config, check, merge_arguments
 
 
@@ -89,6 +90,8 @@ def _checked(point: Point, *, train: bool) -> Checked:
     if not model.notes and (problem := untargeted(config, model.folder, model.config)):
         raise Refused(problem)
     reports = _reports(config, model.folder, train)
+    if config.longctx.rope_scaling_type != "none":
+        scorers_fit(config)
     planned = plan(config, model=model.config, device=device, lengths=_lengths(reports))
     return Checked(
         point=point,
@@ -110,6 +113,17 @@ def _here(config: Config, device: Device) -> list[Problem]:
                 value=config.launch.device,
                 why="this machine has no GPU",
                 fix="launch.device=auto; `soup plan` works for a device that is elsewhere",
+            )
+        )
+    asked = config.training.use_flash_attn
+    here = device.kind == "cuda" and config.launch.slurm is None and asked in attention.FLASH
+    if here and (why := attention.missing(asked)) is not None:
+        problems.append(
+            Problem(
+                key=attention.KEY,
+                value=asked,
+                why=why,
+                fix=f"pip install {attention.FLASH[asked].distribution}, or {attention.KEY}=auto",
             )
         )
     for package in dict.fromkeys(package for spec in config.specs() for package in spec.requires):
@@ -175,4 +189,5 @@ def _lengths(reports: Mapping[str, Report]) -> Lengths:
         learnt=train["sum_labels"],
         sampled=reports["train"].sampled,
         eval_rows=reports["eval"].rows if "eval" in reports else 0,
+        sample=tuple(train["sample"]),
     )

@@ -146,6 +146,7 @@ class Parser(ArgumentParser):
         self.add_argument("--version", action="store_true")
         self.add_argument("--json", action="store_true")
         self.add_argument("--merged", action="store_true")
+        self.add_argument("--quantized", action="store_true")
 
     def error(self, message: str) -> NoReturn:
         raise Refused(Problem(key="command line", why=message, fix="`soup --help` lists commands and flags"))
@@ -178,8 +179,9 @@ def _misused_flags(args: Namespace, command: Command) -> list[Problem]:
         takers = ", ".join(name for name, one in COMMANDS.items() if one.json)
         fix = f"drop it; these take --json: {takers}"
         problems.append(Problem(key="--json", why=f"`{args.command}` prints no JSON", fix=fix))
-    if args.merged and args.command != "runs":
-        problems.append(Problem(key="--merged", why="is for `runs export` only", fix="drop it"))
+    for flag, value in (("--merged", args.merged), ("--quantized", args.quantized)):
+        if value and args.command != "runs":
+            problems.append(Problem(key=flag, why="is for `runs export` only", fix="drop it"))
     if args.experimental_rerun:
         fix = "`soup runs resume ID` continues a run from its folder"
         problems.append(Problem(key="--experimental-rerun", why="soup keeps no pickles", fix=fix))

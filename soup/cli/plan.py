@@ -78,9 +78,11 @@ def _show(one: Checked) -> None:
         ("tokens", f"{p.tokens:,}", "sampled: from the first rows" if p.sampled else "not counting padding"),
         ("peak memory", _bytes(p.peak_memory_bytes), p.notes["memory"]),
         *((f"  {name}", _bytes(size), "") for name, size in p.memory.items()),
+        ("devices", str(p.devices or "none"), p.notes["devices"]),
+        *([("context", "", p.notes["context"])] if "context" in p.notes else []),
         *([("host memory", _bytes(p.host_memory_bytes), "offloaded")] if p.host_memory_bytes else []),
         ("disk", _bytes(p.disk_bytes), p.notes["disk"]),
-        *((name, "", p.notes[name]) for name in STANDS_IN if name in p.notes),
+        *((name, "", p.notes[name]) for name in ("packing", "curriculum", *STANDS_IN) if name in p.notes),
     )
     for row in rows:
         table.add_row(*row)

@@ -141,32 +141,52 @@ def resume(chosen: Sequence[Run], args: Namespace) -> int:  # noqa: ARG001
 
 
 def export(chosen: Sequence[Run], args: Namespace) -> int:
-    """Writes the adapter folded into its base (--merged), a folder that plain transformers loads."""
+    """Writes a folder that plain transformers loads: the adapter folded into its base (--merged), or that, in the
+    integers that the run was trained for (--quantized)."""
     from soup.cli.process import child
 
     console = _console()
-    if not args.merged:
+    if args.merged == args.quantized:
         raise Refused(
             Problem(
                 key="runs export",
-                why="exports the base with the adapter folded in",
-                fix="runs export --merged ID; the adapter itself lies in the run's model/",
+                why="exports the base with the adapter folded in, plain or quantized",
+                fix="runs export --merged ID, or --quantized; the adapter itself lies in the run's model/",
             )
         )
+    kind = "merged" if args.merged else "quantized"
     for run in chosen:
-        if not (run.model / "adapter_config.json").is_file():
-            why = "has no adapter to fold in" if run.model.is_dir() else "has no model yet"
-            raise Refused(Problem(key="run", value=run.id, why=why, fix=f"see {run.folder}"))
-        target = run.folder / "merged"
+        words = _merges(run) if args.merged else _quantizes(run)
+        target = run.folder / kind
         if not target.is_dir():
             log = run.folder / "export.txt"
             with log.open("wb") as file:
-                done = child(["-m", "soup.model.merge", str(run.model), str(target)], log=file)
+                done = child(["-m", *words, str(run.model), str(target)], log=file)
             if done != 0:
                 console.print(f"the export of {run.id} failed; {log} says why", style="red")
                 return 1
-        console.print(f"merged model: {target}")
+        console.print(f"{kind} model: {target}")
     return 0
+
+
+def _merges(run: Run) -> list[str]:
+    """The program that folds the run's adapter in."""
+    if not (run.model / "adapter_config.json").is_file():
+        why = "has no adapter to fold in" if run.model.is_dir() else "has no model yet"
+        raise Refused(Problem(key="run", value=run.id, why=why, fix=f"see {run.folder}"))
+    return ["soup.model.merge"]
+
+
+def _quantizes(run: Run) -> list[str]:
+    """The program that quantizes the run's model as it was trained to be."""
+    spec = run.tree()["model"]
+    if not run.model.is_dir():
+        raise Refused(Problem(key="run", value=run.id, why="has no model yet", fix=f"see {run.folder}"))
+    if not spec["quantization_aware"]:
+        why = "was not trained to be quantized"
+        fix = "train with model.quantization=4bit model.quantization_aware=true, or export --merged"
+        raise Refused(Problem(key="run", value=run.id, why=why, fix=fix))
+    return ["soup.model.quantize", spec["quantization"], str(spec["quantization_group_size"])]
 
 
 def _last(run: Run) -> dict[str, Any]:

@@ -108,8 +108,9 @@ class Account:
                         "format": source.tally.format,
                         "read": source.tally.read,
                         "rows": round(float(count)),
+                        "lost": round(source.tally.lost * float(scale)) if split == self.split else 0,
                     }
-                    for source, count in zip(self.given, count_S, strict=True)
+                    for source, count, scale in zip(self.given, count_S, scale_S, strict=True)
                 ],
                 **lost,
             )

@@ -51,8 +51,11 @@ def schema_of(shape: str, row: dict[str, Any]) -> Any:
 
     ids = pa.list_(pa.int32())
     if shape in TOKENISED:
-        return pa.schema(dict.fromkeys(row, ids))
+        return pa.schema(
+            {name: pa.float64() if isinstance(value, float) else ids for name, value in row.items()}
+        )
     kinds = {"label": pa.bool_()} | {name: ids for name in row if name.endswith("_ids")}
+    kinds |= {name: pa.float64() for name, value in row.items() if isinstance(value, float)}
     return pa.schema({name: kinds.get(name) or _side_type(value) for name, value in row.items()})
 
 

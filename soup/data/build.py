@@ -8,14 +8,14 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from soup.data.encode import Encoded
 from soup.data.formats import COLUMNS, detect
 from soup.data.report import BAD_KEPT
-from soup.data.rows import BadRow, BadRowReport, Row, names
+from soup.data.rows import BadRow, BadRowReport, Row, names, number
 from soup.data.settings import Settings
 from soup.data.shapes import TOKENISED, to_shape
 from soup.errors import Problem, Refused
@@ -44,6 +44,10 @@ class Tally:
         self.bad_total += 1
         if len(self.bad) < BAD_KEPT:
             self.bad.append(report)
+
+    @property
+    def lost(self) -> int:
+        return self.bad_total + self.skipped + self.dropped_nothing_left
 
     def problems(self, settings: Settings) -> list[Problem]:
         """What the rows have wrong that the settings refuse."""
@@ -114,9 +118,17 @@ def format_of(settings: Settings, head: list[Row | BadRowReport], split: str, fi
 
 
 def usable(
-    settings: Settings, rows: Iterable[Row | BadRowReport], tally: Tally, style: list[type], at_once: bool
+    settings: Settings,
+    rows: Iterable[Row | BadRowReport],
+    tally: Tally,
+    *,
+    numbers: Sequence[str],
+    style: list[type],
+    at_once: bool,
 ) -> Iterator[Encoded]:
-    for chunk in _chunks(_examples(settings, rows, tally, style), _AT_ONCE_ROWS if at_once else _CHUNK_ROWS):
+    """Encoded rows with the `numbers` of each beside its tokens; `style` and `at_once` as a `Source` has them."""
+    made = examples(settings, rows, tally, numbers=numbers, style=style)
+    for chunk in _chunks(made, _AT_ONCE_ROWS if at_once else _CHUNK_ROWS):
         with threads(settings.num_proc):
             results = settings.encoder.encode_batch(settings.shape, [example for _, example in chunk])
         for (row, _), result in zip(chunk, results, strict=True):
@@ -133,6 +145,9 @@ def usable(
                     tally.too_long.append(BadRowReport(row.source, row.line, why, "shorten it"))
             elif result.nothing_left:
                 tally.dropped_nothing_left += 1
+            elif numbers:
+                beside = {name: number(row, name) for name in numbers}
+                yield replace(result, columns=result.columns | beside)
             else:
                 yield result
         if at_once and (problems := tally.problems(settings)):
@@ -141,23 +156,31 @@ def usable(
         raise Refused(problems)
 
 
-def _examples(
-    settings: Settings, rows: Iterable[Row | BadRowReport], tally: Tally, style: list[type]
+def examples(
+    settings: Settings,
+    rows: Iterable[Row | BadRowReport],
+    tally: Tally,
+    *,
+    numbers: Sequence[str],
+    style: list[type],
 ) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """The examples of each good row, in the task's shape; the bad rows are counted."""
     for row in rows:
         if isinstance(row, BadRowReport):
             tally.add_bad(row)
             continue
         try:
-            examples = to_shape(row.fields, tally.format, settings.shape)
+            found = to_shape(row.fields, tally.format, settings.shape)
             _check_same(settings, row, tally.format)
+            for name in numbers:
+                number(row, name)
             if settings.shape not in TOKENISED:
-                style[:] = style or [type(examples[0]["prompt"])]
-                _check_style(style[0], examples[0]["prompt"])
+                style[:] = style or [type(found[0]["prompt"])]
+                _check_style(style[0], found[0]["prompt"])
         except BadRow as error:
             tally.add_bad(BadRowReport.of(row, error))
             continue
-        for example in examples:
+        for example in found:
             yield row, example
 
 

@@ -7,6 +7,7 @@ report alone. The Arrow files are IPC streams, as `datasets.Dataset.from_file` m
   preference           prompt, chosen, rejected    texts or lists of {role, content}
   unpaired             prompt, completion, label
   prompt               prompt, and the row's other columns for reward functions
+and a column of float64 for each of `Settings.numbers` in the training rows.
 """
 
 from __future__ import annotations

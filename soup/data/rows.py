@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from soup.errors import Problem
@@ -79,3 +81,27 @@ def names(fields: dict[Any, Any]) -> str:
     """The names of a row's columns, the first of them, in letters that any terminal prints."""
     shown = [str(name)[:40].encode("utf-8", "backslashreplace").decode() for name in list(fields)[:10]]
     return ", ".join(shown) + (", ..." if len(fields) > 10 else "") or "nothing in it"
+
+
+def number(row: Row, name: str) -> float:
+    """A column's finite number; of a CSV file, where all is text, the number that the text says. Raises BadRow."""
+    if name not in row.fields:
+        raise BadRow(
+            f"`{name}` is missing (columns here: {names(row.fields)})", f"give every row a number as `{name}`"
+        )
+    value = row.fields[name]
+    text = isinstance(value, str) and {".csv", ".tsv"} & set(Path(row.source).suffixes)
+    try:
+        found = (
+            float(value)
+            if text or isinstance(value, int | float) and not isinstance(value, bool)
+            else math.nan
+        )
+    except (ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        shown = repr(value[:40]) if isinstance(value, str) else describe(value)
+        raise BadRow(
+            f"`{name}` is {shown}, not a finite number", "write a number there, the larger the harder"
+        )
+    return found

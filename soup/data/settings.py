@@ -32,6 +32,7 @@ class Settings:
     `max_samples`: usable rows to take from the start of `train`; None takes all.
     `num_proc`: threads that tokenise; it changes nothing in the result.
     `streaming`: the rows to train on are read again in each epoch, in an order drawn by `split_seed`.
+    `numbers`: columns of the training rows that hold a number each, and are kept beside the tokens.
     `cache`: the folder under which `tokenised/<fingerprint>/` lies.
 
     Raises Refused for values that cannot be, all at once.
@@ -53,6 +54,7 @@ class Settings:
     num_proc: int
     streaming: bool = False
     cache: Path
+    numbers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
@@ -167,6 +169,7 @@ class Settings:
             self.max_samples,
             None if self.weights is None else list(self.weights),
             self.streaming,
+            self.numbers,
             importlib.metadata.version("tokenizers"),
         ]
         digest.update(json.dumps(settings).encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -35,6 +36,7 @@ def show(prepared: Prepared, encoder: Encoder, rows: int, console: Console) -> N
         console.rule(Text(f"{prepared.split} {number} of {prepared.report.rows}"), align="left")
         if "input_ids" in row:
             console.print(_tokens(row["input_ids"], row["labels"], encoder, coloured), soft_wrap=True)
+            _others(row, ("input_ids", "labels"), console)
         else:
             _sides(row, console)
     console.print(_counts(prepared.report, prepared.split, prepared.stream is not None))
@@ -73,8 +75,12 @@ def _sides(row: dict[str, Any], console: Console) -> None:
     if answers:
         table.add_row(*(_side(row[name]) for name in answers))
         console.print(table)
+    _others(row, ("prompt", *answers), console)
+
+
+def _others(row: dict[str, Any], shown: Sequence[str], console: Console) -> None:
     for name, value in row.items():
-        if name not in ("prompt", *answers) and not name.endswith("_ids"):
+        if name not in shown and not name.endswith("_ids"):
             console.print(Text(f"{name}: ", style="bold") + Text(str(value)[:_LIMIT]))
 
 

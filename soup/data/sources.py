@@ -6,11 +6,12 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator
 
-from soup.data.build import Tally, counted, format_of, head, nothing_left, usable
+from soup.data.build import Tally, counted, examples, format_of, head, nothing_left, usable
 from soup.data.encode import Encoded
 from soup.data.mix import mixed
 from soup.data.read import read_rows
 from soup.data.report import BAD_KEPT
+from soup.data.rows import BadRowReport, Row
 from soup.data.settings import Settings
 from soup.errors import Problem, Refused
 
@@ -37,6 +38,7 @@ class Source:
         self.settings, self.split, self.style = settings, split, style
         self.files = settings.sources[split][number]
         self.name = settings.names(split)[number]
+        self.numbers = settings.numbers if split == "train" else ()
         self.limit, self.at_once = limit, at_once
         self.tally = Tally()
         self.problems: tuple[Problem, ...] = ()
@@ -45,10 +47,14 @@ class Source:
 
     def __iter__(self) -> Iterator[Encoded]:
         try:
-            first = head(self._rows)
-            self.tally.format = format_of(self.settings, first, self.split, self.files)
-            rows = itertools.islice(itertools.chain(first, self._rows), self.limit)
-            for result in usable(self.settings, rows, self.tally, self.style, self.at_once):
+            for result in usable(
+                self.settings,
+                self._recognised(),
+                self.tally,
+                numbers=self.numbers,
+                style=self.style,
+                at_once=self.at_once,
+            ):
                 self.tally.kept += 1
                 yield result
             self.ended = True
@@ -56,6 +62,19 @@ class Source:
             if self.at_once:
                 raise
             self.problems = refused.problems
+
+    def _recognised(self) -> Iterator[Row | BadRowReport]:
+        """The rows up to the limit, once their format is known."""
+        first = head(self._rows)
+        self.tally.format = format_of(self.settings, first, self.split, self.files)
+        return itertools.islice(itertools.chain(first, self._rows), self.limit)
+
+    def untokenised(self) -> int:
+        """Examples that the rows come to, in the place of encoded rows."""
+        rows = self._recognised()
+        return sum(
+            1 for _ in examples(self.settings, rows, self.tally, numbers=self.numbers, style=self.style)
+        )
 
     def count_rest(self) -> None:
         """Reads what is left, or of a stream one row, to know whether there is more."""
@@ -106,6 +125,11 @@ def encoded_rows(settings: Settings, split: str, given: list[Source]) -> Iterato
     problems = problems or unused(settings, split, given, taken)
     if problems:
         raise Refused(problems)
+
+
+def count(settings: Settings, split: str) -> list[tuple[int, Tally]]:
+    """Examples that each source's rows come to before any is tokenised, and the account of its bad rows."""
+    return [(source.untokenised(), source.tally) for source in sources(settings, split)]
 
 
 def merged(given: Iterable[Source]) -> Tally:

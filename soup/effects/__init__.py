@@ -15,14 +15,15 @@ from typing import Any
 from soup.errors import Refused
 from soup.schema import GROUPS
 
-COMMON = ("loop:features_off", "loop:processes")
+COMMON = ("loop:processes", "loop:device")
 
-# Keys that are consumed before or after training; nothing on the built trainer could show them.
+# Keys that are consumed before or after training: nothing on the built trainer could show them, so nothing is claimed.
+OUTSIDE = "outside training"
 ELSEWHERE = {
-    "run.": "read by soup: where the run lies and how it is shown",
+    "run.": "read by soup, where it places, continues and lists runs",
     "launch.": "read by the launcher",
     "tracking.": "read by the tracker",
-    "data.num_proc": "read while tokenising",
+    "data.num_proc": "read by soup's tokeniser before this process began; rows are the same with any number",
 }
 
 
@@ -46,14 +47,10 @@ def prove(built: Any) -> list[Effect]:
 
     A key that no probe speaks about is a mismatch: nothing is known to read it.
     """
-    names = dict.fromkeys([*(name for spec in built.config.specs() for name in spec.effects), *COMMON])
     found: dict[str, Effect] = {}
-    for name in names:
-        module, _, function = name.partition(":")
-        probe = getattr(importlib.import_module(f"soup.effects.{module}"), function)
-        for effect in probe(built):
-            if effect.key not in found or found[effect.key].ok:  # what one probe found wrong stays wrong
-                found[effect.key] = effect
+    for _, effect in spoken(built):
+        if effect.key not in found or found[effect.key].ok:  # what one probe found wrong stays wrong
+            found[effect.key] = effect
     leaves = dict(_leaves(built.config.tree))
     named = {f"{group}.name" for group in GROUPS}
     stray = set(found) - set(leaves) - named
@@ -65,10 +62,19 @@ def prove(built: Any) -> list[Effect]:
         if key in found:
             proved.append(found[key])
         elif elsewhere is not None:
-            proved.append(Effect(key, value, value, True, elsewhere))
+            proved.append(Effect(key, value, OUTSIDE, True, elsewhere))
         else:
             proved.append(Effect(key, value, None, False, "no probe reads this key"))
     return proved
+
+
+def spoken(built: Any) -> Iterator[tuple[str, Effect]]:
+    """What each probe of the configuration says, with the probe's name; several may speak about one key."""
+    for name in dict.fromkeys([*(name for spec in built.config.specs() for name in spec.effects), *COMMON]):
+        module, _, function = name.partition(":")
+        probe = getattr(importlib.import_module(f"soup.effects.{module}"), function)
+        for effect in probe(built):
+            yield name, effect
 
 
 def to_json(proved: Iterable[Effect]) -> dict[str, Any]:

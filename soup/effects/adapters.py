@@ -8,6 +8,8 @@ from typing import Any
 
 from soup.effects import Effect, same
 from soup.effects.optimizer import optimizer
+from soup.model.experts import count, routers
+from soup.rules.moe import EXPERT_NAMES
 
 
 def adapter(built: Any) -> Iterator[Effect]:
@@ -17,7 +19,8 @@ def adapter(built: Any) -> Iterator[Effect]:
     spec = built.config.lora
     layers = {name: m for name, m in built.model.named_modules() if hasattr(m, "lora_A") and m.lora_A}
     first = next(iter(built.model.peft_config)) if hasattr(built.model, "peft_config") else "default"
-    ranks = sorted({layer.lora_A[first].weight.shape[0] for layer in layers.values()})
+    # The experts of a fused parameter have their A side by side.
+    ranks = sorted({m.lora_A[first].weight.shape[0] // getattr(m, "num_experts", 1) for m in layers.values()})
     how = f"shapes of A on {len(layers)} modules"
     yield same("lora.r", spec.r, ranks[0] if len(ranks) == 1 else ranks, how)
     root = math.sqrt(spec.r) if spec.use_rslora else spec.r
@@ -38,6 +41,10 @@ def adapter(built: Any) -> Iterator[Effect]:
     right = math.isclose(ratio, wanted or 1.0)
     yield Effect("lora.loraplus_lr_ratio", wanted, wanted if right else ratio, right, how)
     heads, frozen = _heads(built), _frozen_modules(built)
+    layers = {
+        name: m for name, m in layers.items() if not hasattr(m, "parameter_name")
+    }  # moe:experts has those
+    moe, routing = bool(count(built.model)), routers(built.model)
     if spec.target_modules == "all-linear":
         linear = [
             name
@@ -47,6 +54,8 @@ def adapter(built: Any) -> Iterator[Effect]:
             and not name.endswith(".base_layer")
             and m not in heads
             and name not in frozen
+            and not hasattr(m, "parameter_name")
+            and not (moe and (name in routing or name.rpartition(".")[2] in EXPERT_NAMES))
         ]
         missing, stray = sorted(set(linear) - set(layers)), sorted(set(layers) - set(linear))
         ok = bool(layers) and not missing and not stray

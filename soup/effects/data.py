@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from soup.effects import Effect, same
-from soup.effects.sources import held, is_stream, streamed_rows
+from soup.effects.sources import epoch, held, is_stream, streamed_rows
 
 PROMPTS = 1000  # that are tokenised to see how long they are
+READ_BYTES = 2**25  # of data files, up to which their rows are counted once more
 
 
 def rows(built: Any) -> Iterator[Effect]:
@@ -27,18 +28,18 @@ def rows(built: Any) -> Iterator[Effect]:
         ok = intact(built, trainer.train_dataset, prepared)
         how = f"the trainer holds {trained} rows, {report.rows} were prepared"
         yield Effect("data.train", data["train"], f"{trained} rows", ok, how)
-        limit = data["max_samples"]
-        yield Effect(
-            "data.max_samples", limit, trained, limit is None or trained <= limit, "rows to train on"
-        )
     held_out = trainer.eval_dataset
     wanted = "eval" in built.prepared
     ok = (held_out is not None) == wanted and (not wanted or intact(built, held_out, built.prepared["eval"]))
     count = 0 if held_out is None else len(held_out)
     yield Effect("data.eval", data["eval"], f"{count} rows", ok, "rows of the trainer's eval_dataset")
-    share = count / (count + trained) if trained else 0.0
+    there = trained
+    if not streaming and "seq_lengths" in trainer.train_dataset.column_names:
+        # packed, each prepared row once, as was seen above
+        there, count = report.rows, count and built.prepared["eval"].report.rows
+    share = count / (count + there) if there else 0.0
     asked = data["eval_fraction"]
-    near = asked == 0 or abs(share - asked) <= max(0.1 * asked, 2 / (count + trained))
+    near = asked == 0 or abs(share - asked) <= max(0.1 * asked, 2 / (count + there))
     yield Effect("data.eval_fraction", asked, round(share, 4), near, f"{count} rows are held out")
     ok = data["format"] in ("auto", report.format)
     yield Effect("data.format", data["format"], report.format, ok, "what the rows were read as")
@@ -68,11 +69,13 @@ def intact(built: Any, dataset: Any, entry: Any) -> bool:
         return False
     with pa.memory_map(str(entry.open())) as file:
         table = pa.ipc.open_stream(file).read_all()
+    if built.config.training.by_difficulty and "difficulty" in table.column_names:
+        table = table.drop_columns("difficulty")  # read for the order of rows alone
     trainer = built.trainer
     whole = built.config.task.head == "score"
     ordered = entry.split != "train" or trainer.args.train_sampling_strategy != "sequential"
     if "seq_lengths" in dataset.column_names:
-        return _same_documents(dataset, table, built.config.data.max_length)
+        return _same_documents(built, dataset, table)
     if "input_ids" in table.column_names:
         return dataset._indices is None and dataset.data.table.equals(table)
     names = [n for n in table.column_names if n in dataset.column_names]
@@ -82,6 +85,42 @@ def intact(built: Any, dataset: Any, entry: Any) -> bool:
     if ordered:
         return bool(names) and held.equals(table)
     return bool(names) and Counter(map(repr, held.to_pylist())) == Counter(map(repr, table.to_pylist()))
+
+
+def samples(built: Any) -> Iterator[Effect]:
+    """Rows that were prepared, against those that the files named by the configuration hold."""
+    from soup.data.mix import mixed
+    from soup.data.settings import Settings
+    from soup.data.sources import count
+    from soup.inputs import data_arguments
+
+    if is_stream(built.trainer.train_dataset):
+        yield epoch(built)
+        return
+    settings = Settings(**data_arguments(built.config, built.model_folder))
+    size = sum(file.stat().st_size for file in settings.files["train"])
+    reports = [built.prepared["train"].report]
+    if built.config.data.eval_fraction > 0:
+        reports.append(built.prepared["eval"].report)
+    kept, limit = sum(report.rows for report in reports), built.config.data.max_samples
+    if size > READ_BYTES:
+        ok = limit is None or kept <= limit
+        how = f"rows prepared; the files of {size // 2**20} MiB were not counted again"
+        yield Effect("data.max_samples", limit, kept, ok, how)
+        return
+
+    def taken(rows_S: Sequence[int]) -> int:
+        """Rows of a mix of sources that have so many."""
+        return sum(1 for _ in mixed([iter(range(rows)) for rows in rows_S], settings.shares("train")))
+
+    example_S, tally_S = zip(*count(settings, "train"), strict=True)
+    lost_S = [
+        source["lost"] - tally.bad_total for source, tally in zip(reports[0].sources, tally_S, strict=True)
+    ]
+    whole = taken([examples - lost for examples, lost in zip(example_S, lost_S, strict=True)])
+    ok = kept == whole if limit is None else kept == min(limit, whole) or (kept == limit < taken(example_S))
+    how = f"{kept} rows were prepared; the files hold {sum(example_S)}, of which {max(sum(lost_S), 0)} were left out"
+    yield Effect("data.max_samples", limit, None if kept == whole and limit is None else kept, ok, how)
 
 
 def sequence_length(built: Any) -> Iterator[Effect]:
@@ -107,7 +146,10 @@ def sequence_length(built: Any) -> Iterator[Effect]:
     how += f"; {report.truncated} rows were truncated" + (" of the first" if report.sampled else "")
     yield Effect("data.max_length", data.max_length, longest, longest <= data.max_length, how)
     lost = f"{report.truncated} truncated, {report.skipped + report.dropped_nothing_left} left out"
-    ok = data.on_too_long == "truncate" or report.truncated == 0
+    did = {
+        kind for kind, rows in (("truncate", report.truncated), ("skip", report.skipped)) if rows
+    }  # neither, where a longer row is refused
+    ok = did <= {data.on_too_long}
     yield Effect("data.on_too_long", data.on_too_long, lost, ok, "counted while tokenising")
 
 
@@ -157,6 +199,7 @@ def label_mask(built: Any) -> Iterator[Effect]:
 
 def packing(built: Any) -> Iterator[Effect]:
     """Whether documents share rows and do not see one another: a token of one is changed, and the logits looked at."""
+    from soup.effects.moe import every_expert
     from soup.effects.task import undisturbed
 
     asked = built.config.training.packing
@@ -168,14 +211,15 @@ def packing(built: Any) -> Iterator[Effect]:
         )
         return
     counts = [len(lengths) for lengths in rows[:PROMPTS]["seq_lengths"]]
+    tight, told = _filled(built)
     if max(counts) == 1:
-        yield same(key, asked, True, f"{len(rows)} rows, each filled by one document")
+        yield Effect(key, asked, True, asked and tight, f"{told}, each filled by one document")
         return
     example = rows[counts.index(max(counts))]
     first = example["seq_lengths"][0]
     changed = {**example, "input_ids": [*example["input_ids"]]}
     changed["input_ids"][0] = example["input_ids"][0] ^ 1  # another token of the vocabulary
-    with undisturbed(built):
+    with undisturbed(built), every_expert(built.model):
         logits = []
         for one in (example, changed):
             batch = built.trainer._prepare_inputs(built.trainer.data_collator([dict(one)]))
@@ -184,24 +228,53 @@ def packing(built: Any) -> Iterator[Effect]:
         moved = (logits[0] - logits[1]).abs().amax(-1)
     apart = bool(moved[:first].max() > 0) and bool(moved[first:].max() <= 1e-5 * logits[0].abs().max())
     how = (
-        f"{len(rows)} rows hold {sum(counts)} documents; a changed token moves logits of its own by "
+        f"{told}; a changed token moves logits of its document by "
         f"{float(moved[:first].max()):.2g} and of the others by {float(moved[first:].max()):.2g}"
     )
-    yield Effect(key, asked, apart or "documents see one another", asked and apart, how)
+    effective = "documents see one another" if not apart else True if tight else "rows with room left"
+    yield Effect(key, asked, effective, asked and apart and tight, how)
 
 
-def _same_documents(dataset: Any, table: Any, max_length: int) -> bool:
-    """Packed rows hold the tokens and labels that were prepared; those that fit a row are there whole."""
+def _filled(built: Any) -> tuple[bool, str]:
+    """Whether documents lie in as few rows as best fit needs, in the order and the buckets in which they are packed."""
+    import numpy as np
+
+    from soup.effects.curriculum import order
+    from soup.packing import in_chunks
+
+    rows, size = built.trainer.train_dataset, built.config.data.max_length
+    lengths_R = np.array(document_tokens(built))
+    needed = sum(in_chunks(lengths_R[sorted(part)].tolist(), size) for part in order(built))
+    full = int(lengths_R.sum()) / (len(rows) * size)
+    told = f"{len(rows)} rows of {size} tokens hold {len(lengths_R)} documents and are {full:.1%} full; "
+    told += f"best fit needs {needed}"
+    return len(rows) <= needed, told
+
+
+def document_tokens(built: Any) -> list[int]:
+    """Tokens of each row as prepared: the lengths of its lists of tokens together."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    with pa.memory_map(str(built.prepared["train"].open())) as file:
+        table = pa.ipc.open_stream(file).read_all()
+        columns = [table[name] for name in table.column_names if name.endswith("_ids")]
+        return [sum(row) for row in zip(*(pc.list_value_length(c).to_pylist() for c in columns), strict=True)]
+
+
+def pieces(built: Any, row: Any) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Tokens and labels of a prepared document; cut where it is longer than a row may be."""
+    size = built.config.data.max_length
+    for start in range(0, len(row["input_ids"]), size):
+        yield tuple(row["input_ids"][start : start + size]), tuple(row["labels"][start : start + size])
+
+
+def _same_documents(built: Any, dataset: Any, table: Any) -> bool:
+    """Packed rows hold each document that was prepared, once."""
     from soup.effects.task import documents
 
-    def parts(row: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return tuple(row["input_ids"]), tuple(row["labels"])
-
-    held = Counter(parts(part) for row in dataset for part in documents(row))
-    made = Counter(parts(row) for row in table.to_pylist())
-    whole = Counter({one: count for one, count in made.items() if len(one[0]) <= max_length})
-    tokens = [sum(len(one[0]) * count for one, count in each.items()) for each in (held, made)]
-    return not whole - held and tokens[0] == tokens[1]
+    held = Counter(part for row in dataset for one in documents(row) for part in pieces(built, one))
+    return held == Counter(part for row in table.to_pylist() for part in pieces(built, row))
 
 
 def _packed_labels(built: Any) -> Effect:

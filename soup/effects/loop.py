@@ -92,7 +92,8 @@ def seed(built: Any) -> Iterator[Effect]:
     wanted = built.config.training.seed
     how = "the seed that torch's generator started from"
     effective: Any = torch.initial_seed()
-    layer = next((m for m in built.model.modules() if getattr(m, "lora_A", None)), None)
+    adapted = (m for m in built.model.modules() if getattr(m, "lora_A", None))
+    layer = next((m for m in adapted if not hasattr(m, "parameter_name")), None)  # experts are drawn last
     if layer is not None and effective == wanted:
         again = _drawn_again(built, layer)
         how += "; the first adapter is what it gives"
@@ -112,7 +113,8 @@ def _drawn_again(built: Any, layer: Any) -> Any:
     alone.only = deepcopy(layer.base_layer)
     config = deepcopy(built.model.peft_config["default"])
     config.target_modules, config.layers_to_transform, config.exclude_modules = ["only"], None, None
-    config.rank_pattern, config.alpha_pattern = {}, {}
+    config.rank_pattern, config.alpha_pattern, config.target_parameters = {}, {}, None
+    config.use_dora = False  # its magnitudes are no part of A, and need the weight's scales
     cuda = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(built.config.training.seed)
@@ -128,6 +130,8 @@ def data_order(built: Any) -> Iterator[Effect]:
     """
     import torch
 
+    from soup.effects.curriculum import buckets
+
     training = built.config.training
     requested = built.config.tree["training"]["data_seed"]
     if is_stream(built.trainer.train_dataset):
@@ -142,12 +146,9 @@ def data_order(built: Any) -> Iterator[Effect]:
     generator = torch.Generator()
     generator.manual_seed(training.data_seed)
     if training.curriculum:
-        sizes = [
-            rows // training.curriculum_buckets + (k < rows % training.curriculum_buckets)
-            for k in range(training.curriculum_buckets)
-        ]
-        easy, expected = iter(torch.tensor(_row_tokens(built)).sort(stable=True).indices.split(sizes)), []
-        for bucket in easy:
+        expected = []
+        for part in buckets(built) or ():
+            bucket = torch.tensor(part, dtype=torch.long)
             expected += bucket[torch.randperm(len(bucket), generator=generator)].tolist()
         expected = expected[: len(drawn)]
     else:
@@ -162,48 +163,6 @@ def data_order(built: Any) -> Iterator[Effect]:
     how = f"the sampler draws rows {drawn[:6]} first"
     effective = training.data_seed if drawn == expected else f"another order, {drawn[:6]}"
     yield Effect("training.data_seed", requested, effective, drawn == expected, how)
-
-
-def curriculum(built: Any) -> Iterator[Effect]:
-    """Whether the first epoch's rows, cut in as many parts as there are buckets, grow longer from part to part."""
-    training = built.config.training
-    asked = built.config.tree["training"]
-    keys = ("curriculum", "curriculum_metric", "curriculum_buckets")
-    if not training.curriculum:
-        random = next(data_order(built)).ok
-        for key in keys:
-            effective = asked[key] if random else "on"
-            how = "rows come as a random permutation has them"
-            yield Effect(f"training.{key}", asked[key], effective, random, how)
-        return
-    tokens_R = _row_tokens(built)
-    drawn = [tokens_R[row] for rows in _batches(built) for row in rows]
-
-    def rises(parts: int) -> bool:
-        size, more = divmod(len(drawn), parts)
-        edges = [k * size + min(k, more) for k in range(parts + 1)]
-        cut = [drawn[a:b] for a, b in itertools.pairwise(edges) if b > a]
-        return all(max(one) <= min(next_) for one, next_ in itertools.pairwise(cut))
-
-    buckets = training.curriculum_buckets
-    ok = rises(buckets) and len(drawn) == len(tokens_R)
-    seen = buckets if ok else max(parts for parts in range(1, 21) if rises(parts))
-    how = f"the first epoch's rows in {buckets} parts: each begins where the one before ends, in tokens"
-    yield Effect("training.curriculum", True, ok, ok, how)
-    yield Effect("training.curriculum_metric", asked["curriculum_metric"], "length" if ok else None, ok, how)
-    exact = ok and next(data_order(built)).ok
-    yield Effect("training.curriculum_buckets", buckets, seen, exact, f"{how}; shuffled by the seed within")
-
-
-def _row_tokens(built: Any) -> list[int]:
-    """Tokens of each row as prepared: the lengths of its lists of tokens together."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    with pa.memory_map(str(built.prepared["train"].open())) as file:
-        table = pa.ipc.open_stream(file).read_all()
-        columns = [table[name] for name in table.column_names if name.endswith("_ids")]
-        return [sum(row) for row in zip(*(pc.list_value_length(c).to_pylist() for c in columns), strict=True)]
 
 
 def intervals(built: Any) -> Iterator[Effect]:
@@ -255,7 +214,9 @@ def _recomputing(built: Any) -> list[int]:
     """Forward runs of the layers, with the switches as `transformers` sets them when training begins."""
     trainer, model = built.trainer, built.model
     before = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    hooks = {m: set(m._forward_hooks) for m in model.modules()}
+    # No other module's: transformers adds the hooks that read routers at its first pass, and only then.
+    embedding = model.get_input_embeddings()
+    kept = set(embedding._forward_hooks)
     if trainer.args.gradient_checkpointing and not before:
         model.gradient_checkpointing_enable(dict(trainer.args.gradient_checkpointing_kwargs or {}))
     try:
@@ -263,9 +224,8 @@ def _recomputing(built: Any) -> list[int]:
     finally:
         if trainer.args.gradient_checkpointing and not before:
             model.gradient_checkpointing_disable()
-        for module, kept in hooks.items():  # on the embedding, for gradients of its output
-            for added in set(module._forward_hooks) - kept:
-                del module._forward_hooks[added]
+        for added in set(embedding._forward_hooks) - kept:  # for gradients of its output
+            del embedding._forward_hooks[added]
 
 
 def _forwards(built: Any) -> list[int]:
@@ -301,6 +261,15 @@ def processes(built: Any) -> Iterator[Effect]:
     how = "processes that accelerate sees"
     yield same("distributed.processes", distributed.processes, world // distributed.nodes, how)
     yield same("distributed.nodes", distributed.nodes, world // distributed.processes, how)
+
+
+def device(built: Any) -> Iterator[Effect]:
+    """Where the model's parameters and the trainer's batches lie."""
+    asked = built.config.launch.device
+    found = {p.device.type for p in built.model.parameters()} | {built.trainer.args.device.type}
+    kinds = " and ".join(sorted(found))
+    ok = found == {built.device.kind if asked == "auto" else asked}
+    yield Effect("launch.device", asked, kinds, ok, f"parameters and batches; {built.device.reason}")
 
 
 def neftune(built: Any) -> Iterator[Effect]:
@@ -350,45 +319,6 @@ def freezing(built: Any) -> Iterator[Effect]:
         ("freeze_ratio", training.freeze_ratio, frozen / len(trains)),
     ):
         yield Effect(f"training.{key}", wanted, wanted if ok and not wanted else effective, ok, how)
-
-
-def features_off(built: Any) -> Iterator[Effect]:
-    """What was not asked for is not there: each feature of the loop that is off, read from the live objects."""
-    trainer, model = built.trainer, built.model
-    tree = built.config.tree["training"]
-    classes = {type(module).__module__ for module in model.modules()}
-
-    def off(key: str, on: bool, how: str) -> Effect:
-        value = tree[key]
-        return Effect(f"training.{key}", value, value if not on else "on", not on, how)
-
-    liger = bool(trainer.args.use_liger_kernel) or any("liger" in name for name in classes)
-    yield off("use_liger", liger, "no module comes from liger_kernel")
-    attention = getattr(model.config, "_attn_implementation", None)
-    flash = "flash" in str(attention)
-    reason = "no CUDA device" if built.device.kind == "cpu" else "transformers' choice"
-    wanted = tree["use_flash_attn"]
-    how = f"attention: {attention}, because {reason}"
-    yield Effect("training.use_flash_attn", wanted, attention, wanted != "off" or not flash, how)
-    experts = [n for n, p in model.named_parameters() if "experts" in n and "lora_" in n]
-    yield off("moe_lora", bool(experts), "no adapter parameter on an expert")
-    own, live = _aux_loss_coeff(built)
-    key = "training.moe_aux_loss_coeff"
-    how = f"the router's coefficient in the model's own config.json is {own}"
-    yield Effect(key, tree["moe_aux_loss_coeff"], live, live == own, how)
-
-
-def _aux_loss_coeff(built: Any) -> tuple[Any, Any]:
-    """The weight of an MoE router's balancing loss in the model's config.json, and in memory; else `None`s."""
-    from transformers import AutoConfig
-
-    live = built.model.config.get_text_config()
-    if not hasattr(live, "router_aux_loss_coef"):
-        return None, None
-    own = AutoConfig.from_pretrained(
-        built.model_folder, trust_remote_code=built.config.model.trust_remote_code
-    ).get_text_config()
-    return own.router_aux_loss_coef, live.router_aux_loss_coef
 
 
 def _batches(built: Any) -> Iterator[list[int]]:

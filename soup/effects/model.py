@@ -1,14 +1,15 @@
-"""The model that was loaded: its weights, precision, quantization, tokenizer and rotary embedding."""
+"""The model that was loaded: its weights, precision and tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from soup.effects import Effect, same
+from soup.effects import Effect
+from soup.effects.moe import fused_name, stored_expert
+from soup.effects.quantization import QUANTIZED, plain, relative_error, tensors
 
 WHOLE_BYTES = 2**31  # weights on disk up to which every element is compared, not only some rows
-QUANTIZED = ("Linear4bit", "Linear8bitLt")
 
 
 def weights(built: Any) -> Iterator[Effect]:
@@ -18,9 +19,9 @@ def weights(built: Any) -> Iterator[Effect]:
     import torch
 
     model_tree = built.config.tree["model"]
-    live = {_plain(name): p for name, p in built.model.named_parameters() if "lora_" not in name}
+    live = {plain(name): p for name, p in built.model.named_parameters() if "lora_" not in name}
     packed = {
-        f"{_plain(name + '.')}weight": module
+        f"{plain(name + '.')}weight": module
         for name, module in built.model.named_modules()
         if type(module).__name__ in QUANTIZED
     }
@@ -30,13 +31,13 @@ def weights(built: Any) -> Iterator[Effect]:
             stored = take(slice(None))
             if not stored.is_floating_point():
                 continue  # quantized on disk already
-            error = _relative_error(packed[name], stored)
+            error = relative_error(packed[name], stored)
             near += error < 0.2
             if error >= 0.2:  # NF4 of a normal distribution: 0.1, 8 bits: 0.01
                 different.append(name)
-        elif name in live:
-            rows = _rows(built.model_folder, live[name])
-            in_memory = live[name].detach()[rows].cpu()
+        elif (here := live.get(fused_name(name), stored_expert(name, live))) is not None:
+            rows = _rows(built.model_folder, here)
+            in_memory = here.detach()[rows].cpu()
             stored = (
                 take(rows).to(built.precision.weights).to(in_memory.dtype)
             )  # TRL makes some float32 again
@@ -72,44 +73,12 @@ def dtype(built: Any) -> Iterator[Effect]:
     products = _product_dtype(built)
     wanted = precise.autocast or torch.float32
     main = frozen if built.config.lora.r is not None else trained
-    quantized = built.config.model.quantization != "none"
+    quantized = built.config.model.stored != "none"
     ok = products == wanted and (quantized or main == {precise.weights})
     effective = ", ".join(sorted(map(_name, main)))
     words = ", ".join(sorted(map(_name, trained)))
     how = f"{precise.reason}; trained weights {words}; a float32 product gives {_name(products)}"
     yield Effect("model.dtype", built.config.tree["model"]["dtype"], effective, ok, how)
-
-
-def quantization(built: Any) -> Iterator[Effect]:
-    """Classes of the linear layers, and how their weights are stored."""
-    import torch
-
-    spec = built.config.model
-    head = built.model.get_output_embeddings()
-    found: dict[str, list[Any]] = {}
-    leaves: dict[str, set[str]] = {}  # q_proj and the like, to the classes that they have
-    for name, module in built.model.named_modules():
-        if isinstance(module, torch.nn.Linear) and "lora_" not in name and module is not head:
-            found.setdefault(type(module).__name__, []).append(module)
-            leaves.setdefault(_plain(name + ".").split(".")[-2], set()).add(type(module).__name__)
-    four, eight = (found.get(kind, []) for kind in QUANTIZED)
-    plain = sum(map(len, found.values())) - len(four) - len(eight)
-    effective = "4bit" if four else "8bit" if eight else "none"
-    if any(len(kinds) > 1 for kinds in leaves.values()):
-        effective = "mixed"
-    how = f"{len(four)} Linear4bit, {len(eight)} Linear8bitLt, {plain} plain modules beside the head"
-    ok = effective == spec.quantization
-    if four:
-        kinds = {(m.weight.quant_type, bool(getattr(m.weight.quant_state, "nested", False))) for m in four}
-        how += f"; type and double quantization: {sorted(kinds)}"
-        ok = ok and kinds == {("nf4", True)} and all(m.weight.dtype is torch.uint8 for m in four)
-    ok = ok and all(m.weight.dtype is torch.int8 for m in eight)
-    yield Effect("model.quantization", spec.quantization, effective, ok, how)
-    kinds = [type(module).__name__ for module in built.model.modules()]
-    fake = sum("FakeQuantized" in kind for kind in kinds)
-    yield same(
-        "model.quantization_aware", spec.quantization_aware, fake > 0, f"{fake} fake-quantised modules"
-    )
 
 
 def tokenizer(built: Any) -> Iterator[Effect]:
@@ -128,46 +97,15 @@ def tokenizer(built: Any) -> Iterator[Effect]:
     yield Effect("model.chat_template", asked, effective, carried == wanted, how)
 
 
-def rope(built: Any) -> Iterator[Effect]:
-    """Inverse frequencies in memory, against those that config.json on disk gives (arXiv:2104.09864)."""
-    import torch
-    from transformers import AutoConfig
-
-    tree = built.config.tree["longctx"]
-    config = built.model.config.get_text_config()
-    own = AutoConfig.from_pretrained(
-        built.model_folder, trust_remote_code=built.config.model.trust_remote_code
-    ).get_text_config()
-    kind = (getattr(own, "rope_parameters", None) or {}).get("rope_type", "default")
-    compared, different = 0, []
-    for name, module in built.model.named_modules():
-        live = {key: value for key, value in module.named_buffers(recurse=False) if key.endswith("inv_freq")}
-        if live:
-            fresh = dict(type(module)(own).named_buffers(recurse=False))
-            compared += len(live)
-            for key, value in live.items():
-                wanted, value = fresh[key].float(), value.float().cpu()
-                right = wanted.shape == value.shape and torch.allclose(wanted, value, rtol=1e-5)
-                different += [] if right else [f"{name}.{key}"]
-    ok = not different
-    how = f"{compared} buffers inv_freq are those of config.json, rotary type {kind}"
-    if not ok:
-        how = f"{', '.join(different)} differs from what config.json gives, rotary type {kind}"
-    name = "longctx.rope_scaling_type"
-    yield Effect(name, tree["rope_scaling_type"], "none" if ok else "other frequencies", ok, how)
-    yield Effect("longctx.rope_factor", tree["rope_factor"], None if ok else "unknown", ok, how)
-    attention = str(getattr(config, "_attn_implementation", None))
-    ring = "ring" in attention
-    yield same("longctx.use_ring_attention", tree["use_ring_attention"], ring, f"attention: {attention}")
-    yield same("longctx.ring_size", tree["ring_size"], 1 if not ring else None, f"attention: {attention}")
-
-
 def kernels(built: Any) -> Iterator[Effect]:
     """Whose forward functions the modules run: each its own library's, but for the head's loss in chunks (TRL)."""
     asked = built.config.backend.kernels
     owners = {owner for module in built.model.modules() if (owner := forward_owner(module))}
-    foreign = sorted(owners - {"trl", "accelerate"})
+    asked_for = {"liger_kernel"} if built.config.training.use_liger else set()  # has a probe of its own
+    foreign = sorted(owners - {"trl", "accelerate"} - asked_for)
     how = "every module runs its library's own forward"
+    if asked_for:
+        how += ", or Liger's"
     if asked == "auto":
         how += "; soup has no kernels of its own yet"
     effective = "stock" if not foreign else ", ".join(foreign)
@@ -194,44 +132,10 @@ def _product_dtype(built: Any) -> Any:
         return (matrix @ matrix).dtype
 
 
-def _relative_error(module: Any, stored: Any) -> float:
-    """Distance of a quantized layer's weight from the stored one, over the stored one's norm (Frobenius)."""
-    from peft.utils.integrations import dequantize_module_weight
-    from transformers.pytorch_utils import Conv1D
-
-    if type(module).__name__ == "Linear8bitLt":
-        # PEFT's function, on a CPU, would leave the module without its scales after a forward (peft 0.21).
-        scales_O = module.state.SCB if module.weight.SCB is None else module.weight.SCB
-        live = module.weight.detach().float().cpu() * scales_O.float().cpu()[:, None] / 127
-    else:
-        live = dequantize_module_weight(module).detach().float().cpu()
-    stored = stored.float()
-    if issubclass(getattr(module, "source_cls", object), Conv1D):  # GPT-2's, which bitsandbytes turns
-        stored = stored.T
-    if live.shape != stored.shape:
-        return float("inf")
-    return float((live - stored).norm() / stored.norm().clamp(min=1e-12))
-
-
-def tensors(folder: Any) -> Iterator[tuple[str, Any]]:
-    """Name of each tensor on disk, and a function that reads the given rows of it."""
-    from safetensors import safe_open
-
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                yield name, lambda rows, name=name, file=tensors: file.get_slice(name)[rows]
-
-
 def _rows(folder: Any, tensor: Any) -> slice:
     """Rows to compare: all, or the first ones where that would read many GiB."""
     total = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return slice(None) if total <= WHOLE_BYTES or tensor.dim() < 2 else slice(0, 64)
-
-
-def _plain(name: str) -> str:
-    """A parameter's name in the model's own file: without PEFT's wrappers."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def _base(model: Any) -> Any:

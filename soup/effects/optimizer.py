@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from soup.effects import Effect, same
 
 SIDE = 256  # of the square tensor that is stepped: large enough for bitsandbytes to keep 8-bit state of it
+FP32 = 4  # bytes
+HALF = 0.03  # of Muon, whose iterations are in bfloat16
 TOLERANCE = 0.02  # mean difference over the mean step; 8-bit moments are off by about a hundredth
 
 
@@ -54,6 +57,16 @@ def adam(built: Any) -> Iterator[Effect]:
     tree = built.config.tree["optim"]
     beta1, beta2, eps = (float(tree[key]) for key in ("beta1", "beta2", "eps"))
 
+    proved = _steps(built, _adam(beta1, beta2, eps))
+    if tree["name"] == "adamw":
+        fused = all(group.get("fused") for group in optimizer(built).param_groups)
+        how = f"{proved.how}; {'one fused kernel' if fused else 'no fused kernel'}"
+        proved = replace(proved, ok=proved.ok and fused, how=how)
+    yield proved
+    yield from _held(built, {"beta1": beta1, "beta2": beta2, "eps": eps})
+
+
+def _adam(beta1: float, beta2: float, eps: float) -> Callable[[Sequence[Any]], Any]:
     def steps(gradients: Sequence[Any]) -> Any:
         moment = square = moved = 0.0
         for count, gradient in enumerate(gradients, 1):
@@ -63,8 +76,7 @@ def adam(built: Any) -> Iterator[Effect]:
             moved = moved - moment / (1 - beta1**count) / (root + eps)
         return moved
 
-    yield _steps(built, steps)
-    yield from _held(built, {"beta1": beta1, "beta2": beta2, "eps": eps})
+    return steps
 
 
 def lion(built: Any) -> Iterator[Effect]:
@@ -156,14 +168,65 @@ def galore(built: Any) -> Iterator[Effect]:
         yield Effect(f"optim.galore_{name}", value, values[0] if len(values) == 1 else values, ok, how)
 
 
+def muon(built: Any) -> Iterator[Effect]:
+    """Muon (Jordan 2024) with the update's size of arXiv:2502.16982, which tensors it has, and AdamW for the others."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    from soup.model.freeze import stack
+
+    tree = built.config.tree["optim"]
+    momentum, nesterov, count = (tree[name] for name in ("momentum", "nesterov", "ns_steps"))
+
+    def steps(gradients: Sequence[Any]) -> Any:
+        moment = moved = 0.0
+        for gradient in gradients:
+            moment = momentum * moment + gradient
+            X = (gradient + momentum * moment if nesterov else moment).double()
+            X = X / X.norm()
+            for _ in range(count):
+                A = X @ X.T
+                X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+            moved = moved - 0.2 * max(X.shape) ** 0.5 * X.float()
+        return moved
+
+    live = optimizer(built)
+    muons, others = ([g for g in live.param_groups if ("momentum" in g) is one] for one in (True, False))
+    proved = [_steps(built, steps, group=group, tolerance=HALF) for group in muons]
+    adams = [_steps(built, _adam(0.9, 0.999, 1e-8), 2 * FP32, group=group) for group in others]
+    held = {id(p) for group in muons for p in group["params"]}
+    trains = {id(p): (name, p) for name, p in built.trainer.model.named_parameters() if p.requires_grad}
+    inside = [m for m in stack(built.model)[1].modules() if isinstance(m, torch.nn.Linear | Conv1D)]
+    wanted = {id(m.weight) for m in inside} & set(trains) | {
+        number for number, (name, p) in trains.items() if "lora_" in name and p.ndim == 2
+    }
+    how = (
+        f"{len(held)} matrices of {len(trains)} tensors are Muon's, {proved[0].how if proved else 'no step'}"
+    )
+    if adams:
+        how += f"; the others AdamW's, {adams[0].how}"
+    ok = held == wanted and bool(proved) and all(one.ok for one in (*proved, *adams))
+    name = tree["name"]
+    yield Effect("optim.name", name, name if ok else "another, or of other tensors", ok, how)
+    for key in ("momentum", "nesterov", "ns_steps"):
+        values = sorted({group.get(key) for group in muons})
+        how = f"groups of {type(live).__name__} that hold matrices"
+        yield same(f"optim.{key}", tree[key], values[0] if len(values) == 1 else values, how)
+
+
 def _steps(
-    built: Any, formula: Callable[[Sequence[Any]], Any], state_bytes: float | None = math.nan
+    built: Any,
+    formula: Callable[[Sequence[Any]], Any],
+    state_bytes: float | None = math.nan,
+    *,
+    group: Mapping[str, Any] | None = None,
+    tolerance: float = TOLERANCE,
 ) -> Effect:
     """Two steps at a rate of 1 of a tensor beside the model's, by a twin of the live optimizer, against `formula`.
 
-    `formula` is given the gradients (SIDE, SIDE), of full rank, and says where a tensor of zeros ends. `state_bytes`:
-    what the state must take for each parameter, as the plan counts it if not given; `None` where it depends on the
-    tensor's sides.
+    `group`: the one whose settings it takes, the first if not given. `formula` is given the gradients (SIDE, SIDE), of
+    full rank, and says where a tensor of zeros ends. `state_bytes`: what the state must take for each parameter, as
+    the plan counts it if not given; `None` where it depends on the tensor's sides.
     """
     import torch
 
@@ -175,7 +238,7 @@ def _steps(
     )  # the schedule's
     moved = torch.nn.Parameter(torch.zeros(SIDE, SIDE, device=device))
     twin.state = defaultdict(dict)
-    first = live.param_groups[0]
+    first = live.param_groups[0] if group is None else group
     twin.param_groups = [first | {"params": [moved], "lr": 1.0, "weight_decay": 0.0}]
     if "train_mode" in first:
         twin.param_groups[0]["train_mode"] = True
@@ -189,7 +252,7 @@ def _steps(
     held = [one for one in twin.state[moved].values() if torch.is_tensor(one)]
     state = sum(one.numel() * one.element_size() for one in held) / moved.numel()
     counted = spec.state_bytes if state_bytes is not None and math.isnan(state_bytes) else state_bytes
-    ok = off <= TOLERANCE and (counted is None or abs(state - counted) <= 0.1 * counted)
+    ok = off <= tolerance and (counted is None or abs(state - counted) <= 0.1 * counted)
     name = built.config.tree["optim"]["name"]
     how = f"two steps by {type(live).__name__} are {off:.1e} off the formula; its state: {state:.3g} bytes a parameter"
     return Effect("optim.name", name, name if ok else f"another, {type(live).__name__}", ok, how)

@@ -141,7 +141,6 @@ def streamed_rows(built: Any) -> Iterator[Effect]:
     ok = Counter(drawn) == Counter(expected)
     how = f"the first {len(drawn)} rows of the trainer's stream are those that are drawn from the files"
     yield Effect("data.train", data["train"], "a stream" if ok else "other rows", ok, how)
-    yield _epoch(built)
 
 
 def in_order(built: Any) -> tuple[bool, int]:
@@ -195,7 +194,7 @@ def _expected(built: Any) -> Iterator[dict[str, Any]]:
         yield from rows.shuffle(seed=seed + epoch, buffer_size=BUFFER_ROWS)
 
 
-def _epoch(built: Any) -> Effect:
+def epoch(built: Any) -> Effect:
     """Whether the same rows come again after `max_samples` of them, where that is seen in time."""
     limit = built.config.data.max_samples
     report = built.prepared["train"].report

@@ -22,12 +22,15 @@ from torch import Tensor
 
 from soup.effects import Effect, as_it_was, losses, same
 from soup.effects.losses import Row
-from soup.effects.model import WHOLE_BYTES, tensors
+from soup.effects.model import WHOLE_BYTES
+from soup.effects.moe import every_expert, unbalanced
+from soup.effects.quantization import tensors
 from soup.effects.sources import held
 from soup.model.load import prompt_ids
 from soup.train.forward import as_prepared
 
 ROWS = 3
+ADVANTAGES = torch.tensor([1.0, -0.5])  # of the two answers that GRPO's loss is computed on
 MOVES = (1e-3, 1e-2, 1e-1, 1.0)  # of the parameter: the first that moves a row's log-probability far enough
 MOVED = 2.0  # nats
 TOLERANCE = 1e-4  # relative, or of 1 for small losses
@@ -61,9 +64,9 @@ def _loss(built: Any) -> Iterator[Effect]:
     """The trainer's loss on the first rows against the paper's, and for each knob that another value would show."""
     trainer, model = built.trainer, built.model
     formula = getattr(losses, built.config.tree["task"]["name"])
-    with undisturbed(built):
+    with undisturbed(built), unbalanced(trainer), every_expert(model):
         examples = _examples(held(built))
-        batch = trainer._prepare_inputs(trainer.data_collator([dict(example) for example in examples]))
+        batch = _collated(trainer, examples)
 
         def measured() -> list[Row]:
             return [_row(built, part) for example in examples for part in documents(example)]
@@ -71,10 +74,9 @@ def _loss(built: Any) -> Iterator[Effect]:
         reference = measured()
         if built.config.task.precompute_ref:
             reference = [_of_table(row, one) for row, one in zip(reference, examples, strict=True)]
-        with _moved(model, measured, reference, built.config.task.reference) as policy:
-            with torch.enable_grad():  # the loss that trains; Unsloth computes another way without gradients
-                live = float(trainer.compute_loss(model, batch).detach())
-            live -= _router_loss(trainer)
+        moved = _moved(model, measured, reference, built.config.task.reference)
+        with moved as policy, torch.enable_grad():  # Unsloth computes another way without gradients
+            live = float(trainer.compute_loss(model, batch).detach())
     yield from _compared(built, live, lambda **knobs: float(formula(policy, reference, **knobs)), formula)
 
 
@@ -88,22 +90,25 @@ def _of_table(row: Row, example: Mapping[str, Any]) -> Row:
     return replace(row, answers=row.answers | answers)
 
 
-def _router_loss(trainer: Any) -> float:
-    """What the balancing loss of an MoE model added to the last loss; its weight has a probe of its own."""
-    sums = getattr(trainer, "_metrics", {}).get("eval", {}).get("aux_loss")
-    return trainer.args.router_aux_loss_coef * sums[-1] if sums else 0.0
+def first_batch(built: Any) -> dict[str, Any]:
+    """What the trainer's loss takes, of its first rows; for GRPO of made-up answers to the first prompt."""
+    if built.config.task.generates:
+        prompt, answers = _made_up(built)
+        frozen = [torch.zeros(len(answer)) for answer in answers]
+        return _group(built, prompt, answers, frozen)
+    return dict(_collated(built.trainer, _examples(held(built))))
+
+
+def _collated(trainer: Any, examples: Sequence[Mapping[str, Any]]) -> Any:
+    return trainer._prepare_inputs(trainer.data_collator([dict(example) for example in examples]))
 
 
 def group_loss(built: Any) -> Iterator[Effect]:
     """GRPO's loss on two made-up answers of different lengths to the first prompt, one good and one bad."""
     trainer, model = built.trainer, built.model
-    device = trainer.args.device
     tree = built.config.tree["task"]
-    prompt = prompt_ids(built.tokenizer, trainer.train_dataset[0]["prompt"])
-    answers = [(prompt * 5)[:5], (prompt * 3)[-3:]]
-    longest = max(map(len, answers))
-    advantages = torch.tensor([1.0, -0.5])
-    with undisturbed(built):
+    prompt, answers = _made_up(built)
+    with undisturbed(built), unbalanced(trainer), every_expert(model):
 
         def measured() -> list[Row]:
             heat = tree["temperature"]
@@ -114,28 +119,41 @@ def group_loss(built: Any) -> Iterator[Effect]:
 
         reference = measured()
         with _moved(model, measured, reference, built.config.task.reference) as policy:
-            frozen = torch.zeros(len(answers), longest)
-            for place, row in enumerate(reference):
-                frozen[place, : len(row.answers["completion"])] = row.answers["completion"].float()
-            inputs = {
-                "prompt_ids": torch.tensor([prompt] * len(answers)),
-                "prompt_mask": torch.ones(len(answers), len(prompt), dtype=torch.long),
-                "completion_ids": torch.tensor(
-                    [answer + [0] * (longest - len(answer)) for answer in answers]
-                ),
-                "completion_mask": torch.tensor(
-                    [[1] * len(answer) + [0] * (longest - len(answer)) for answer in answers]
-                ),
-                "advantages": advantages,
-                "ref_per_token_logps": frozen,
-                "num_items_in_batch": torch.tensor(sum(map(len, answers))),
-            }
-            live = float(trainer.compute_loss(model, {k: v.to(device) for k, v in inputs.items()}))
+            inputs = _group(built, prompt, answers, [row.answers["completion"] for row in reference])
+            live = float(trainer.compute_loss(model, inputs))
 
     def formula(**knobs: Any) -> float:
-        return float(losses.grpo(policy, reference, advantages=advantages, **knobs))
+        return float(losses.grpo(policy, reference, advantages=ADVANTAGES, **knobs))
 
     yield from _compared(built, live, formula, losses.grpo)
+
+
+def _made_up(built: Any) -> tuple[list[int], list[list[int]]]:
+    """Tokens of the first prompt, and of two answers of different lengths."""
+    prompt = prompt_ids(built.tokenizer, built.trainer.train_dataset[0]["prompt"])
+    return prompt, [(prompt * 5)[:5], (prompt * 3)[-3:]]
+
+
+def _group(
+    built: Any, prompt: list[int], answers: list[list[int]], reference: Sequence[Tensor]
+) -> dict[str, Any]:
+    """What GRPO's loss takes of a group of answers; `reference`: the reference's log-probabilities of each."""
+    longest = max(map(len, answers))
+    frozen = torch.zeros(len(answers), longest)
+    for place, logps_T in enumerate(reference):
+        frozen[place, : len(logps_T)] = logps_T.float()
+    inputs = {
+        "prompt_ids": torch.tensor([prompt] * len(answers)),
+        "prompt_mask": torch.ones(len(answers), len(prompt), dtype=torch.long),
+        "completion_ids": torch.tensor([answer + [0] * (longest - len(answer)) for answer in answers]),
+        "completion_mask": torch.tensor(
+            [[1] * len(answer) + [0] * (longest - len(answer)) for answer in answers]
+        ),
+        "advantages": ADVANTAGES,
+        "ref_per_token_logps": frozen,
+        "num_items_in_batch": torch.tensor(sum(map(len, answers))),
+    }
+    return {name: value.to(built.trainer.args.device) for name, value in inputs.items()}
 
 
 def reference(built: Any) -> Iterator[Effect]:
@@ -244,7 +262,7 @@ def _compared(built: Any, live: float, formula: Any, signature: Any) -> Iterator
 
 
 def _tolerance(built: Any) -> float:
-    coarse = built.config.model.quantization != "none" or _too_large(built)
+    coarse = built.config.model.stored != "none" or _too_large(built)
     return COARSE if coarse else TOLERANCE
 
 

@@ -21,6 +21,10 @@ from transformers import (
 
 from soup.device import Device
 from soup.errors import Problem, Refused
+from soup.model.attention import attend
+from soup.model.qat import fake_quantize
+from soup.model.rope import forget, scaled_config
+from soup.rope import Scaling
 from soup.specs import LoraSpec, ModelSpec
 
 SCORE = {"score.weight"}  # the head of a reward model, drawn from the seed
@@ -74,43 +78,66 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
 
 
 def load_model(
-    folder: Path, spec: ModelSpec, precise: Precision, device: Device, *, head: str = "causal"
+    folder: Path,
+    spec: ModelSpec,
+    precise: Precision,
+    device: Device,
+    *,
+    head: str = "causal",
+    router: float | None = None,
+    scaling: Scaling | None = None,
+    attention: str = "auto",
 ) -> torch.nn.Module:
-    """The causal language model, quantized if asked, on `device`; with `head="score"` it ends in one new number.
+    """The causal language model on `device`, quantized or computing as if it were (`soup.model.qat`) if asked.
+
+    With `head="score"` it ends in one new number.
+
+    `router`: the coefficient of an MoE model's balancing loss, which the model reads as it is built; its own if `None`.
+    `scaling`: of its rotary embedding.
+
+    `attention` is `training.use_flash_attn`.
 
     Raises:
         Refused: the folder holds no such model, or not all of its weights.
     """
     quantization = None
-    if spec.quantization == "4bit":
+    if spec.stored == "4bit":
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=precise.autocast or precise.weights,
         )
-    elif spec.quantization == "8bit":
+    elif spec.stored == "8bit":
         quantization = BitsAndBytesConfig(load_in_8bit=True)
     options: dict[str, Any] = {"device_map": {"": device.kind}} if quantization is not None else {}
-    kind: Any = AutoModelForCausalLM
-    if head == "score":
-        kind = AutoModelForSequenceClassification
-        options["num_labels"] = 1
+    kind: Any = AutoModelForCausalLM if head == "causal" else AutoModelForSequenceClassification
+    changed: dict[str, Any] = {} if head == "causal" else {"num_labels": 1}
+    if router is not None:
+        changed["router_aux_loss_coef"] = router
     with readable(spec):
+        if scaling is None:
+            options |= changed
+        else:
+            options["config"] = scaled_config(folder, spec, scaling, **changed)
         model, loaded = kind.from_pretrained(
             folder,
             dtype=precise.weights,
             quantization_config=quantization,
             trust_remote_code=spec.trust_remote_code,
             output_loading_info=True,
+            attn_implementation=attend(attention, folder, spec, precise, device, head).implementation,
             **options,
         )
     complete(spec, loaded["missing_keys"])
+    forget(model)
     for module in model.modules():
         # At its first evaluation on a CPU with AVX512-BF16, bitsandbytes 0.50 would repack the weights for a kernel
         # that has no gradient, and leave them so.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    if spec.quantization_aware:
+        fake_quantize(model, spec)
     return model
 
 

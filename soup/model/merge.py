@@ -13,12 +13,14 @@ def merge(adapter: Path, target: Path) -> None:
     from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftConfig
     from transformers import AutoTokenizer
 
+    from soup.rope import changed
+
     partial = target.with_name(f".{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     scores = PeftConfig.from_pretrained(adapter).task_type == "SEQ_CLS"
     kind = AutoPeftModelForSequenceClassification if scores else AutoPeftModelForCausalLM
     options = {"num_labels": 1} if scores else {}
-    model = kind.from_pretrained(adapter, dtype="float32", **options)
+    model = kind.from_pretrained(adapter, dtype="float32", **options, **changed(adapter))
     merged = model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(partial)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(partial)

@@ -2,8 +2,8 @@
 
 A rule holds when every condition of its `when` does. Three kinds of facts are looked at: every leaf of the
 configuration by its full key, each group's chosen function by the group's name, and `device` (cpu or cuda: what
-the run will train on), `model.moe` (from the model's config.json), and sums that no key holds: `task.whole_groups`,
-`task.weighed` and `data.weighed`. A fact that is not known matches nothing.
+the run will train on), `model.moe` and `model.balanced` (from the model's config.json), and those that no key holds:
+`task.whole_groups`, `task.weighed`, `data.weighed` and `lora.names_experts`. A fact that is not known matches nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from soup.data.files import source_names
 from soup.errors import Problem
+from soup.rules.moe import is_balanced, is_moe, names_experts
 from soup.rules.rule import Rule
 from soup.rules.table import RULES
 from soup.schema import Config
@@ -37,16 +38,11 @@ def facts(config: Config, *, device: str, model_config: Mapping[str, Any] | None
     given = config.data.weights
     names = [] if config.data.train is None else source_names(config.data.train)
     found["data.weighed"] = given is None or len(given) == len(names) > 1
+    found["lora.names_experts"] = names_experts(config.tree["lora"].get("target_modules"))
     if model_config is not None:
         found["model.moe"] = is_moe(model_config)
+        found["model.balanced"] = is_balanced(model_config)
     return found
-
-
-def is_moe(model_config: Mapping[str, Any]) -> bool:
-    """Whether a model's config.json describes a mixture of experts."""
-    return any(
-        (model_config.get(key) or 0) > 1 for key in ("num_local_experts", "num_experts", "n_routed_experts")
-    )
 
 
 def broken(found: Mapping[str, Any]) -> list[Problem]:

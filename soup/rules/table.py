@@ -10,6 +10,7 @@ from soup.rules.rule import Above, Not, OneOf, Rule, word
 FSDP = OneOf("fsdp_full_shard", "fsdp_shard_grad", "fsdp_full_offload")
 SHARDED = OneOf("zero2", "zero3", "zero2_offload", "fsdp_full_shard", "fsdp_shard_grad", "fsdp_full_offload")
 GALORE = "arXiv:2403.03507"
+MUON = "arXiv:2502.16982"
 UNSLOTH_CPU = "unsloth_zoo.cpu"
 
 
@@ -45,7 +46,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         key="model.quantization",
-        when={"optim": "galore", "model.quantization": Not("none")},
+        when={"optim": "galore", "model.quantization": Not("none"), "model.quantization_aware": False},
         why="GaLore trains the weights themselves, and quantized weights take no gradient",
         fix="model.quantization=none, or optim=adamw lora=lora",
         source=GALORE,
@@ -83,6 +84,34 @@ RULES: tuple[Rule, ...] = (
         fix="optim=adamw",
         source="arXiv:2405.15682",
     ),
+    # Muon
+    Rule(
+        key="lora.loraplus_lr_ratio",
+        when={"optim": "muon", "lora.loraplus_lr_ratio": Above(0)},
+        why="Muon makes the updates of A and B the same size, whatever their gradients; LoRA+'s ratio is for Adam's",
+        fix="lora=lora, or optim=adamw",
+        source=MUON,
+    ),
+    Rule(
+        key="optim",
+        when={"optim": "muon", "task": "ppo"},
+        why="PPO trains a value model beside the policy in one optimizer, and Muon is given one model's layers",
+        fix="optim=adamw",
+    ),
+    Rule(
+        key="optim",
+        when={"optim": "muon", "model.moe": True},
+        why="Muon orthogonalises matrices, and this model's experts are fused in one parameter of three dimensions",
+        fix="optim=adamw, or a dense model",
+        source=MUON,
+    ),
+    Rule(
+        key="distributed",
+        when={"optim": "muon", "distributed": SHARDED},
+        why="Muon orthogonalises each matrix whole, and sharding cuts it",
+        fix="distributed=ddp, or optim=adamw",
+        source=MUON,
+    ),
     # Quantization
     Rule(
         key="lora",
@@ -115,6 +144,25 @@ RULES: tuple[Rule, ...] = (
         fix="model.quantization=4bit or none, or lora=lora",
         source="peft.utils.integrations.dequantize_module_weight",
     ),
+    Rule(
+        key="model.quantization_aware",
+        when={"model.quantization_aware": True, "model.moe": True},
+        why="experts are fused in one parameter of three dimensions, which torchao's fake quantization passes by",
+        fix="model.quantization_aware=false, or a dense model",
+    ),
+    Rule(
+        key="model.quantization_aware",
+        when={"model.quantization_aware": True, "distributed": OneOf("zero3", *FSDP.values)},
+        why="a layer simulates its weight and adapter folded together, and sharding leaves no device with both whole",
+        fix="distributed=ddp or zero2, or model.quantization_aware=false",
+    ),
+    Rule(
+        key="lora.dropout",
+        when={"model.quantization_aware": True, "lora.use_dora": True, "lora.dropout": Above(0)},
+        why="PEFT's DoRA with dropout computes with the plain base weights beside the simulated ones",
+        fix="lora.dropout=0.0, or lora=lora",
+    ),
+    _idle("model.quantization_aware", False, "model.quantization_group_size", 32),
     Rule(
         key="model.dtype",
         when={"model.dtype": "float16", "device": "cpu"},
@@ -202,11 +250,62 @@ RULES: tuple[Rule, ...] = (
         fix="training.use_liger=false, or backend=transformers",
     ),
     Rule(
+        key="training.use_liger",
+        when={"training.use_liger": True, "backend.kernels": "stock"},
+        why="backend.kernels=stock asks for the libraries' own code, and Liger replaces it",
+        fix="training.use_liger=false, or backend.kernels=auto",
+    ),
+    Rule(
+        key="training.use_liger",
+        when={"training.use_liger": True, "task": OneOf("ipo", "orpo", "simpo", "reward", "ppo")},
+        why="TRL 1.12 has no Liger loss for this task",
+        fix="training.use_liger=false",
+        source="arXiv:2410.10989",
+    ),
+    Rule(
+        key="training.use_liger",
+        when={"training.use_liger": True, "task": "kto"},
+        why="TRL 1.12's Liger loss for KTO is another number than the paper's formula gives",
+        fix="training.use_liger=false",
+        source="arXiv:2402.01306",
+    ),
+    Rule(
+        key="training.use_liger",
+        when={"training.use_liger": True, "task": "dpo", "task.precompute_ref": True},
+        why="Liger's loss makes the reference's log-probabilities itself",
+        fix="training.use_liger=false, or task.precompute_ref=false",
+    ),
+    Rule(
+        key="training.use_liger",
+        when={"training.use_liger": True, "task": "dpo", "task.label_smoothing": Above(0)},
+        why="conservative DPO is two of TRL's losses added, and Liger's is one",
+        fix="training.use_liger=false, or task.label_smoothing=0.0",
+    ),
+    Rule(
+        key="training.use_liger",
+        when={"training.use_liger": True, "model.moe": True},
+        why="Liger replaces the experts and their router's loss, whose settings nothing could prove then",
+        fix="training.use_liger=false, or a dense model",
+    ),
+    Rule(
         key="training.use_flash_attn",
         when={"training.use_flash_attn": OneOf("v2", "v3"), "device": "cpu"},
         why="FlashAttention's kernels are CUDA kernels",
         fix="training.use_flash_attn=auto",
         source="arXiv:2307.08691",
+    ),
+    Rule(
+        key="training.use_flash_attn",
+        when={"training.use_flash_attn": OneOf("v2", "v3"), "model.dtype": "float32"},
+        why="FlashAttention computes in 16 bits",
+        fix="model.dtype=auto, or training.use_flash_attn=auto",
+        source="arXiv:2307.08691",
+    ),
+    Rule(
+        key="training.use_flash_attn",
+        when={"training.use_flash_attn": Not("auto"), "backend": "unsloth"},
+        why="Unsloth chooses its attention itself",
+        fix="training.use_flash_attn=auto, or backend=transformers",
     ),
     Rule(
         key="optim",
@@ -229,7 +328,11 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         key="distributed",
-        when={"distributed": OneOf("zero3", *FSDP.values), "model.quantization": "8bit"},
+        when={
+            "distributed": OneOf("zero3", *FSDP.values),
+            "model.quantization": "8bit",
+            "model.quantization_aware": False,
+        },
         why="8-bit weights carry per-row statistics that sharding would separate from them",
         fix="model.quantization=4bit or none, or distributed=ddp",
     ),
@@ -251,6 +354,20 @@ RULES: tuple[Rule, ...] = (
         why="a ring needs several processes",
         fix="distributed=ddp distributed.processes=4 longctx.ring_size=4",
         source="arXiv:2310.01889",
+    ),
+    Rule(
+        key="longctx.rope_scaling_type",
+        when={"longctx.rope_scaling_type": OneOf("dynamic", "longrope"), "task": OneOf("grpo", "ppo")},
+        why="its frequencies follow the length, so what is generated stands on keys of other frequencies than the"
+        " passes that learn from it have",
+        fix="longctx=yarn",
+        source="arXiv:2309.00071",
+    ),
+    Rule(
+        key="longctx",
+        when={"longctx": Not("none"), "backend": "unsloth"},
+        why="Unsloth loads the model itself, and soup has not proved yet which scaling is in force then",
+        fix="backend=transformers, or longctx=none",
     ),
     _idle("longctx.use_ring_attention", False, "longctx.ring_size", 1),
     Rule(
@@ -278,6 +395,61 @@ RULES: tuple[Rule, ...] = (
         when={"training.moe_aux_loss_coeff": Not(None), "model.moe": False},
         why="this model has no router whose loss it could weigh",
         fix="training.moe_aux_loss_coeff=null, or an MoE model",
+    ),
+    Rule(
+        key="training.moe_aux_loss_coeff",
+        when={"training.moe_aux_loss_coeff": Not(None), "model.moe": True, "model.balanced": False},
+        why="TRL's trainers are not known to add a balancing loss of this family (DeepSeek's class has none)",
+        fix="training.moe_aux_loss_coeff=null",
+        source="soup.rules.moe; arXiv:2408.15664",
+    ),
+    Rule(
+        key="training.moe_aux_loss_coeff",
+        when={"training.moe_aux_loss_coeff": Not(None), "task": OneOf("reward", "ppo")},
+        why="TRL's trainer of this task adds no balancing loss, so nothing would read it",
+        fix="training.moe_aux_loss_coeff=null",
+    ),
+    Rule(
+        key="lora.use_dora",
+        when={"training.moe_lora": True, "lora.use_dora": True},
+        why="PEFT has no magnitudes for the columns of fused experts",
+        fix="lora=lora, or training.moe_lora=false",
+        source="peft.tuners.lora.layer.ParamWrapper",
+    ),
+    Rule(
+        key="lora.dropout",
+        when={"training.moe_lora": True, "lora.dropout": Above(0)},
+        why="PEFT adds an expert's adapter to its weights, so there is no input of its own to drop",
+        fix="lora.dropout=0.0, or training.moe_lora=false",
+        source="peft.tuners.lora.layer.ParamWrapper",
+    ),
+    Rule(
+        key="lora.target_modules",
+        when={"model.moe": True, "lora.names_experts": True},
+        why="PEFT reads such names as this model's fused experts or its router, whatever training.moe_lora says",
+        fix="lora.target_modules=all-linear or names of attention's layers; training.moe_lora=true for experts",
+        source="peft.utils.transformers_weight_conversion",
+    ),
+    Rule(
+        key="model.quantization",
+        when={"model.moe": True, "model.quantization": Not("none")},
+        why="only linear layers are quantized, and the experts, most of an MoE model, are fused parameters",
+        fix="model.quantization=none, or a dense model",
+        source="transformers.integrations.bitsandbytes",
+    ),
+    Rule(
+        key="backend",
+        when={"backend": "unsloth", "model.moe": True},
+        why="Unsloth places adapters on experts by rules of its own, and no MoE model has been tried with it here",
+        fix="backend=transformers, or a dense model",
+        source="unsloth.models.llama",
+    ),
+    Rule(
+        key="distributed",
+        when={"training.moe_lora": True, "distributed": OneOf("zero3", *FSDP.values)},
+        why="PEFT puts another tensor in an expert parameter's place in each pass, which sharding has taken apart",
+        fix="distributed=ddp, or training.moe_lora=false",
+        source="peft.tuners.lora.layer.ParamWrapper",
     ),
     Rule(
         key="training.freeze_ratio",
@@ -365,6 +537,12 @@ RULES: tuple[Rule, ...] = (
         fix="training.curriculum=false",
         source="arXiv:2402.01306",
     ),
+    Rule(
+        key="training.curriculum_metric",
+        when={"training.curriculum_metric": "loss", "task": "reward"},
+        why="a reward model's head is drawn from the seed, so its loss before training says nothing of the rows",
+        fix="training.curriculum_metric=length or difficulty",
+    ),
     _idle("training.curriculum", False, "training.curriculum_metric", "length"),
     _idle("training.curriculum", False, "training.curriculum_buckets", 4),
     _idle("training.loss_watchdog", False, "training.loss_watchdog_threshold", 10.0),
@@ -430,17 +608,8 @@ RULES: tuple[Rule, ...] = (
     ),
     # Composes and plans; the training part is not built yet
     _pending("distributed", Not("none")),
-    _pending("longctx", Not("none")),
     _pending("longctx.use_ring_attention", True),
-    _pending("model.quantization_aware", True),
-    _pending("model.moe", True),
-    _pending("training.use_liger", True),
-    _pending("training.use_flash_attn", OneOf("v2", "v3")),
-    _pending("training.moe_lora", True),
-    _pending("training.moe_aux_loss_coeff", Not(None)),
-    _pending("training.curriculum_metric", Not("length")),
     _pending("data.streaming", True, {"backend": "unsloth"}),
-    _pending("training.curriculum", True, {"training.packing": True}),
     _pending("tracking.mlflow", Not(None)),
     _pending("tracking.trackio", Not(None)),
     _pending("launch", "slurm"),

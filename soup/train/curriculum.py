@@ -1,8 +1,8 @@
-"""Easy rows first (Bengio et al. 2009): the sampler of `training.curriculum`."""
+"""Easy rows first (Bengio et al. 2009): the sampler of `training.curriculum`, and how hard each row is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,22 @@ import torch
 from torch.utils.data import Sampler
 
 
-class Curriculum(Sampler[int]):
-    """Row numbers, bucket by bucket from the smallest metric to the largest in the first epoch.
+def split(metric_R: Any, buckets: int) -> list[Any]:
+    """Row numbers in `buckets` of equally many rows (to one), those of the smallest metric first; equals in order."""
+    return np.array_split(np.argsort(metric_R, kind="stable"), buckets)
 
-    Buckets hold equally many rows (to one). Each is shuffled by `seed`; rows of one metric keep their order before
-    that. From the second epoch on all rows are shuffled together, by the seed and the epoch's number.
+
+class Curriculum(Sampler[int]):
+    """Row numbers, bucket by bucket in the first epoch, each shuffled by `seed`.
+
+    From the second epoch on all rows are shuffled together, by the seed and the epoch's number. `metric_R`: how hard
+    each row of the data is, by which the buckets were made.
     """
 
-    def __init__(self, metric_R: Any, *, buckets: int, seed: int):
-        order_R = np.argsort(metric_R, kind="stable")
-        self.buckets = [torch.from_numpy(bucket) for bucket in np.array_split(order_R, buckets)]
-        self.rows, self.seed, self.epoch = len(order_R), seed, 0
+    def __init__(self, buckets: Sequence[Any], *, seed: int, metric_R: Any):
+        self.buckets = [torch.as_tensor(bucket) for bucket in buckets]
+        self.rows, self.seed, self.epoch = sum(map(len, buckets)), seed, 0
+        self.metric_R = metric_R
 
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate's loader, on a resume too."""
@@ -47,3 +52,10 @@ def tokens(file: Path) -> Any:
         return np.concatenate(
             [sum(pc.list_value_length(batch[name]).to_numpy() for name in names) for batch in reader]
         )
+
+
+def difficulty(file: Path) -> Any:
+    """The column `difficulty` of an Arrow stream."""
+    from soup.data.arrow import column
+
+    return np.array(list(column(file, "difficulty")))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from soup import rewards
 from soup.device import Device
+from soup.model import source
+from soup.model.attention import attend
 from soup.model.load import Precision, load_model
+from soup.rope import changed, scaling
 from soup.schema import Config
 
 
@@ -15,7 +19,12 @@ def reference(config: Config, folder: Path, precise: Precision, device: Device) 
     """A frozen copy of the model, where there is neither an adapter to switch off nor a table of log-probabilities."""
     if config.lora.r is not None or config.task.precompute_ref:
         return {}
-    return {"ref_model": load_model(folder, config.model, precise, device)}
+    return {"ref_model": _frozen_copy(config, folder, precise, device)}
+
+
+def _frozen_copy(config: Config, folder: Path, precise: Precision, device: Device) -> Any:
+    stretched, asked = scaling(config, source.config(folder)), config.training.use_flash_attn
+    return load_model(folder, config.model, precise, device, scaling=stretched, attention=asked)
 
 
 def reward_functions(config: Config, *_: Any) -> dict[str, Any]:
@@ -34,27 +43,42 @@ def ppo_models(config: Config, folder: Path, precise: Precision, device: Device)
     from transformers import AutoConfig
 
     task, trust = config.tree["task"], config.model.trust_remote_code
+    asked = config.training.use_flash_attn
     own = AutoConfig.from_pretrained(folder, trust_remote_code=trust).get_text_config().vocab_size
     value = "value_model" if task["value_model"] is not None else "reward_model"
     with (
         torch.random.fork_rng()
     ):  # a head is drawn before it is read; adapters are drawn from the seed after this
-        reward_model = _scorer("task.reward_model", task["reward_model"], own, precise.weights, trust)
-        value_model = _scorer(f"task.{value}", task[value], own, torch.float32, trust)
-    reference = None if config.lora.r is not None else load_model(folder, config.model, precise, device)
+        reward_model, value_model = (
+            _scorer(
+                f"task.{name}",
+                task[name],
+                own,
+                dtype,
+                trust,
+                attention=lambda base: (
+                    attend(asked, base, config.model, precise, device, "score").implementation
+                ),
+            )
+            for name, dtype in (("reward_model", precise.weights), (value, torch.float32))
+        )
+    reference = None if config.lora.r is not None else _frozen_copy(config, folder, precise, device)
     for frozen in (reward_model, reference):
         if frozen is not None:
             frozen.requires_grad_(False)
     return {"reward_model": reward_model, "value_model": value_model, "ref_model": reference}
 
 
-def _scorer(key: str, value: str, vocabulary: int, dtype: Any, trust: bool) -> Any:
+def _scorer(
+    key: str, value: str, vocabulary: int, dtype: Any, trust: bool, *, attention: Callable[[Path], str]
+) -> Any:
     """The sequence classifier with one label in the folder `value`; an adapter there is folded into its base."""
     from peft import PeftConfig, PeftModel
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     from soup.errors import Problem, Refused
+    from soup.model.rope import forget
 
     def refused(why: str, fix: str = "FOLDER, the `model` folder of a run of task=reward") -> Refused:
         return Refused(Problem(key=key, value=value, why=why, fix=f"{key}={fix}"))
@@ -82,8 +106,15 @@ def _scorer(key: str, value: str, vocabulary: int, dtype: Any, trust: bool) -> A
         if found != vocabulary:
             raise refused(f"has a vocabulary of {found}, and the policy's has {vocabulary}")
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            base, num_labels=1, dtype=dtype, trust_remote_code=trust, output_loading_info=True
+            base,
+            num_labels=1,
+            dtype=dtype,
+            trust_remote_code=trust,
+            output_loading_info=True,
+            **changed(folder),
+            attn_implementation=attention(Path(base)),
         )
+        forget(model)
         missing = {
             name for name in loaded["missing_keys"] if adapter is None or not name.startswith("score.")
         }

@@ -6,7 +6,10 @@ import os
 import shutil
 from typing import Any
 
-from soup.record import Run
+from soup.model import source
+from soup.model.rope import differing
+from soup.record import Run, write_json
+from soup.rope import BASE_CONFIG, Scaling, scaling
 from soup.train.build import Built
 
 
@@ -21,12 +24,17 @@ def save_model(run: Run, built: Built, final: dict[str, Any]) -> None:
     (partial / "training_args.bin").unlink(
         missing_ok=True
     )  # a pickle of local paths; config.yaml says it all
-    (partial / "README.md").write_text(_card(run, built, final), encoding="utf-8")
+    stretched = scaling(built.config, source.config(built.model_folder))
+    if (
+        stretched is not None and built.config.lora.r is not None
+    ):  # the base's own config.json knows nothing of it
+        write_json(partial / BASE_CONFIG, differing(built.model.config.get_text_config()))
+    (partial / "README.md").write_text(_card(run, built, final, stretched), encoding="utf-8")
     shutil.rmtree(run.model, ignore_errors=True)
     os.replace(partial, run.model)
 
 
-def _card(run: Run, built: Built, final: dict[str, Any]) -> str:
+def _card(run: Run, built: Built, final: dict[str, Any], stretched: Scaling | None) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     config = built.config
@@ -41,10 +49,13 @@ def _card(run: Run, built: Built, final: dict[str, Any]) -> str:
     scores = config.task.head == "score"
     kind = "SequenceClassification" if scores else "CausalLM"
     loader = f"AutoPeftModelFor{kind}" if adapter else f"AutoModelFor{kind}"
-    load = (
-        f"from {data.library_name} import {loader}\n\n"
-        f'model = {loader}.from_pretrained("FOLDER"{", num_labels=1" if scores else ""})'
-    )
+    load = f"from {data.library_name} import {loader}\n\n"
+    words = '"FOLDER"' + (", num_labels=1" if scores else "")
+    if adapter and stretched is not None:
+        load = f"import json\nfrom pathlib import Path\n\n{load}"
+        load += f'scaled = json.loads(Path("FOLDER/{BASE_CONFIG}").read_text())\n'
+        words += ", **scaled"
+    load += f"model = {loader}.from_pretrained({words})"
     metrics = "\n".join(f"- {key}: {value}" for key, value in final.items())
     content = f"""---
 {data.to_yaml()}
@@ -60,7 +71,7 @@ Fine-tuned from `{base}` by soup (task {config.tree["task"]["name"]}), run `{run
 {load}
 ```
 
-## Results
+{_context(stretched, adapter)}## Results
 
 {metrics}
 
@@ -71,3 +82,20 @@ Fine-tuned from `{base}` by soup (task {config.tree["task"]["name"]}), run `{run
 ```
 """
     return str(ModelCard(content))
+
+
+def _context(stretched: Scaling | None, adapter: bool) -> str:
+    """What a user must know of a stretched context."""
+    if stretched is None:
+        return ""
+    where = (
+        f"`{BASE_CONFIG}`, beside the adapter: its base is to be loaded with it, as above"
+        if adapter
+        else "`config.json`"
+    )
+    return f"""## Context
+
+Trained with {stretched.kind} rotary scaling by {stretched.factor:g}, from {stretched.own} to {stretched.length} tokens.
+The scaling is in {where}.
+
+"""

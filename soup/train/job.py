@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from soup import effects
@@ -37,9 +38,15 @@ def train(run: Run, display: Display, stopper: Stopper) -> str:
     say: Callable[[str], None] = lambda text: display.console.print(  # noqa: E731
         text, highlight=False, soft_wrap=True
     )
-    built = prepare_run(run, config)
+    try:
+        built = prepare_run(run, config, partial(_unless_stopped, say, stopper))
+    except _Stopped:
+        run.finish("interrupted", error=f"stopped by {stopper.asked}", step=0, steps=0)
+        return "interrupted"
     _proved(built, run)
     say(f"precision: {built.precision.reason}")
+    if built.attention is not None:
+        say(f"attention: {built.attention}")
     checkpoint = run.last_checkpoint()
     cut_metrics(run.metrics, checkpoint)
     if checkpoint is not None:
@@ -73,7 +80,18 @@ def train(run: Run, display: Display, stopper: Stopper) -> str:
     return status
 
 
-def prepare_run(run: Run, config: Config) -> Built:
+class _Stopped(Exception):
+    """The run is asked to stop before its training begins."""
+
+
+def _unless_stopped(say: Callable[[str], None], stopper: Stopper, text: str) -> None:
+    if stopper.asked is not None:
+        raise _Stopped
+    if text:
+        say(text)
+
+
+def prepare_run(run: Run, config: Config, say: Callable[[str], None] = lambda _: None) -> Built:
     """Builds what the run folder asks for; its inputs must be those that it was planned with."""
     model_folder = source.folder(config.model)
     planned = read_json(run.folder / "inputs.json")
@@ -88,7 +106,11 @@ def prepare_run(run: Run, config: Config) -> Built:
             )
         )
     return build(
-        config, device=resolve(config.launch.device), model_folder=model_folder, output=run.checkpoints
+        config,
+        device=resolve(config.launch.device),
+        model_folder=model_folder,
+        output=run.checkpoints,
+        say=say,
     )
 
 

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from soup.errors import RecordError
 from soup.record import write_json
-from soup.train.optimizers import galore
+from soup.train.optimizers import galore, muon
 from soup.train.streaming import streams
 
 KEPT = 2  # checkpoints; one more than the newest, should that be unreadable
@@ -32,14 +32,15 @@ SUMS = ("_metrics", "_stored_metrics")  # of TRL's trainers: mode to metric to v
 class Resumable:
     """Mixed in before a `transformers.Trainer`. `metrics_file` is set by whoever builds the trainer.
 
-    `galore`: its rank, update_proj_gap and scale, where it is the optimizer. `watchdog`: is told each micro-
-    step's loss. `rate_factor`: of the learning rate, for steps from here on. `loraplus_lr_ratio`: LoRA+'s
-    rate of B over that of A (arXiv:2402.12354), `None` where they are equal.
+    `galore`: its rank, update_proj_gap and scale, where it is the optimizer; `muon`: its momentum, nesterov and
+    ns_steps. `watchdog`: is told each micro-step's loss. `rate_factor`: of the learning rate, for steps from here on.
+    `loraplus_lr_ratio`: LoRA+'s rate of B over that of A (arXiv:2402.12354), `None` where they are equal.
     """
 
     metrics_file: Path
     loraplus_lr_ratio: float | None = None
     galore: Mapping[str, Any] | None = None
+    muon: Mapping[str, Any] | None = None
     watchdog: Any = None
     rate_factor: float = 1.0
     curriculum: Sampler[int] | None = None  # set by whoever builds the trainer, where one is asked for
@@ -73,6 +74,8 @@ class Resumable:
             return self.optimizer
         if self.galore is not None:
             self.optimizer = galore(self, self.galore)
+        elif self.muon is not None:
+            self.optimizer = muon(self, self.muon)
         elif self.loraplus_lr_ratio is not None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = create_loraplus_optimizer(

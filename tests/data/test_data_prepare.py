@@ -1,6 +1,8 @@
 """The whole way: refusals with file and line, policies, splits, statistics and what the trainers read."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -300,3 +302,108 @@ def test_eval_files_and_max_samples(arguments, tmp_path):
     made = prepare(**arguments(pairs(30), eval=str(held_out), max_samples=7))
     assert (made["train"].report.rows, made["eval"].report.rows) == (7, 4)
     assert (made["train"].report.format, made["eval"].report.format) == ("alpaca", "text")
+
+
+def numbered(values):
+    return [row | {"difficulty": value} for row, value in zip(pairs(len(values)), values, strict=True)]
+
+
+def test_a_number_is_kept_beside_the_tokens_of_training_rows(arguments, tmp_path):
+    held_out = tmp_path / "eval.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in pairs(3)))
+    values = [3, 1.5, -2, 0, 1e9]
+    made = prepare(**arguments(numbered(values), eval=str(held_out), numbers=("difficulty",)))
+    assert load(made["train"])["difficulty"] == values
+    assert load(made["eval"]).column_names == ["input_ids", "labels"]
+    assert "difficulty" not in prepare(**arguments(numbered(values)))["train"].columns
+
+
+def test_numbers_follow_their_rows_through_skips_and_splits(arguments):
+    rows = numbered([float(n) for n in range(40)])
+    for row in rows[::4]:
+        row["output"] = "It is long. " * 200
+    made = prepare(
+        **arguments(rows, numbers=("difficulty",), on_too_long="skip", eval_fraction=0.2, max_length=200)
+    )
+    kept = [
+        (tuple(row["input_ids"]), row["difficulty"])
+        for split in made.values()
+        for row in load(split).to_list()
+    ]
+    assert sorted(number for _, number in kept) == [float(n) for n in range(40) if n % 4]
+    alone = {
+        tuple(load(prepare(**arguments([row]))["train"])[0]["input_ids"]): row["difficulty"]
+        for row in rows[1:4]
+    }
+    assert all(dict(kept)[ids] == number for ids, number in alone.items())
+
+
+def test_pairs_keep_their_number(arguments):
+    rows = [{"prompt": "1?", "chosen": "Yes", "rejected": "No", "difficulty": 4}]
+    made = prepare(**arguments(rows, shape="preference", numbers=("difficulty",)))["train"]
+    assert load(made)["difficulty"] == [4.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("hard", "'hard'"),
+        ("3", "'3'"),
+        (None, "null"),
+        (True, "true"),
+        ([1], "a list of 1"),
+        (float("nan"), "a number (nan)"),
+        (float("inf"), "a number (inf)"),
+        (10**400, "very large"),
+    ],
+)
+def test_what_is_no_number_is_refused_with_its_place(arguments, tmp_path, value, said):
+    (problem, total) = refusal(arguments(numbered([1, 2, value]), numbers=("difficulty",)))
+    assert problem.key == f"{tmp_path / 'rows.jsonl'}:3"
+    assert "`difficulty` is" in problem.why and said in problem.why and "finite number" in problem.why
+    assert total.key == "data.on_bad_row"
+    made = prepare(**arguments(numbered([1, 2, value]), numbers=("difficulty",), on_bad_row="skip"))
+    assert load(made["train"])["difficulty"] == [1.0, 2.0]
+
+
+def test_a_number_that_is_missing_is_refused_with_its_place(arguments, tmp_path):
+    rows = numbered([1, 2]) + [{"instruction": "Add.", "output": "It is."}]
+    problem = refusal(arguments(rows, numbers=("difficulty",)))[0]
+    assert problem.key == f"{tmp_path / 'rows.jsonl'}:3" and "`difficulty` is missing" in problem.why
+
+
+def test_numbers_of_a_csv_file_are_texts(arguments, tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("instruction,output,difficulty\nAdd.,It is.,2.5\nAdd 1.,It is 1.,-1\n")
+    made = prepare(**arguments(train=str(file), numbers=("difficulty",)))["train"]
+    assert load(made)["difficulty"] == [2.5, -1.0]
+    file.write_text("instruction,output,difficulty\nAdd.,It is.,hard\n")
+    assert "'hard'" in refusal(arguments(train=str(file), numbers=("difficulty",)))[0].why
+
+
+THREADS = """
+import json, os, sys
+from pathlib import Path
+from soup.data.prepare import prepare
+arguments = json.loads(sys.argv[1])
+prepare(**arguments | {"model_folder": Path(arguments["model_folder"]), "cache": Path(arguments["cache"])})
+print(len(os.listdir("/proc/self/task")))
+"""
+
+
+def test_it_tokenises_on_as_many_threads_as_asked(arguments, tmp_path):
+    """In processes of their own: the tokenizer's pool of threads is made once."""
+    found = {}
+    for number in (1, 4):
+        given = arguments(pairs(2000), num_proc=number, cache=str(tmp_path / str(number)))
+        environment = {
+            "PYTHONPATH": ":".join(sys.path),
+            "TOKENIZERS_PARALLELISM": "true",
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", THREADS, json.dumps(given, default=str)],
+            env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        found[number] = int(done.stdout)
+    assert found[4] - found[1] == 3

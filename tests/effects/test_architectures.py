@@ -47,18 +47,9 @@ FAMILIES = {
             }
         },
     ),
-    "mixtral": (
-        "Mixtral",
-        SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02},
-    ),
-    "qwen3 moe": (
-        "Qwen3Moe",
-        SMALL
-        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1},
-    ),
 }
 ADAPTED = ("lora=lora", "lora=none", "lora=dora", "model.quantization=4bit")
-EXPERTS = ("mixtral", "qwen3 moe")
+AWARE = ("model.quantization=4bit", "model.quantization_aware=true")
 
 
 @pytest.fixture(scope="module")
@@ -87,19 +78,33 @@ def family(model_folder, tmp_path_factory):
 @pytest.mark.parametrize("adapted", ADAPTED)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_setting_is_in_force(family, build, wrong, name, adapted):
-    words = [adapted, f"model.base={family(name)}"]
-    if name in EXPERTS and adapted != "lora=none":  # all-linear has PEFT adapt the experts too
-        words.append("lora.target_modules=[q_proj,v_proj]")
-    assert wrong(build(*words)) == {}
+    assert wrong(build(adapted, f"model.base={family(name)}")) == {}
 
 
-@pytest.mark.parametrize("name", EXPERTS)
-def test_adapters_on_experts_are_seen(family, build, wrong, name):
-    assert "training.moe_lora" in wrong(build(f"model.base={family(name)}"))
+@pytest.mark.parametrize("lora", ["none", "dora"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "qwen3", "phi3", "gpt_neox"])
+def test_muon_has_the_matrices_of_every_family(family, build, wrong, name, lora):
+    built = build("optim=muon", f"lora={lora}", f"model.base={family(name)}")
+    assert wrong(built) == {}
+    groups = built.trainer.optimizer.param_groups
+    sizes = {p.ndim for group in groups if "momentum" in group for p in group["params"]}
+    assert sizes == {2}
 
 
-def test_the_router_keeps_its_coefficient(family, build, wrong):
-    built = build(f"model.base={family('mixtral')}", "lora=none")
-    assert built.model.config.router_aux_loss_coef == 0.02
-    built.model.config.router_aux_loss_coef = 0.5
-    assert "training.moe_aux_loss_coeff" in wrong(built)
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "qwen2", "phi3", "olmo2"])
+def test_the_base_models_loss_orders_rows_of_every_family(family, build, wrong, name):
+    words = ("training.curriculum=true", "training.curriculum_metric=loss")
+    assert wrong(build(*words, f"model.base={family(name)}")) == {}
+
+
+@pytest.mark.parametrize("choice", ["lora=lora", "lora=none"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gpt2"])
+def test_simulated_quantization_is_in_force(family, build, wrong, name, choice):
+    assert wrong(build(f"model.base={family(name)}", *AWARE, choice)) == {}
+
+
+def test_simulated_quantization_of_no_linear_layer_is_refused(family, build):
+    from soup.errors import Refused
+
+    with pytest.raises(Refused, match="no linear layer"):
+        build(f"model.base={family('gpt2')}", *AWARE)

@@ -50,6 +50,11 @@ def test_long_documents_are_cut_and_nothing_of_them_is_lost(build, wrong, texts)
     assert sum(ids.count(end) for ids in rows["input_ids"]) == 41, "a separator after each document"
 
 
+@pytest.mark.parametrize("words", ["data.max_samples=20", "data.eval_fraction=0.2", "data.max_samples=41"])
+def test_rows_are_counted_before_they_are_packed(build, wrong, texts, words):
+    assert wrong(build(*PACKED, "task=pretrain", texts, "data.max_length=60", words)) == {}
+
+
 def test_steps_are_as_planned(build, texts):
     from soup import schema
     from soup.device import resolve
@@ -77,10 +82,14 @@ def test_steps_are_as_planned(build, texts):
         learnt=found["sum_labels"],
         sampled=False,
         eval_rows=0,
+        sample=tuple(found["sample"]),
     )
     config = schema.check(built.config.tree)
     planned = plan(config, model=source.config(built.model_folder), device=resolve("cpu"), lengths=lengths)
-    assert planned.steps == pytest.approx(max_steps(built.trainer), rel=0.15)
+    assert planned.steps == pytest.approx(max_steps(built.trainer), rel=0.02)
+    rows = len(built.trainer.train_dataset)
+    full = sum(map(len, built.trainer.train_dataset["input_ids"])) / (200 * rows)
+    assert planned.notes["packing"] == f"about {rows} rows of 200 tokens from 41 documents, {full:.0%} full"
 
 
 def see_one_another(built):
@@ -122,5 +131,45 @@ def test_packing_that_was_not_asked_for_is_refused(build, wrong, monkeypatch):
 
     import soup.train.build
 
-    monkeypatch.setattr(soup.train.build, "_packed", lambda rows, _config: pack_dataset(rows, 200, "bfd"))
+    monkeypatch.setattr(soup.train.build, "_packed", lambda rows, *_: (pack_dataset(rows, 200, "bfd"), None))
     assert "training.packing" in wrong(build())
+
+
+def alone(monkeypatch):
+    """A library that gives each document a row of its own."""
+    import trl
+
+    real = trl.pack_dataset
+
+    def lonely(rows, length, way):
+        from datasets import concatenate_datasets
+
+        return concatenate_datasets([real(rows.select([place]), length, way) for place in range(len(rows))])
+
+    monkeypatch.setattr(trl, "pack_dataset", lonely)
+
+
+def first_come(monkeypatch):
+    """Documents are put into the last row while they fit."""
+    import trl
+
+    def loose(rows, length, _way):
+        from datasets import Dataset
+
+        packed = []
+        for row in rows:
+            if not packed or len(packed[-1]["input_ids"]) + len(row["input_ids"]) > length:
+                packed.append({"input_ids": [], "labels": [], "seq_lengths": []})
+            for name in ("input_ids", "labels"):
+                packed[-1][name] += row[name]
+            packed[-1]["seq_lengths"].append(len(row["input_ids"]))
+        return Dataset.from_list(packed)
+
+    monkeypatch.setattr(trl, "pack_dataset", loose)
+
+
+@pytest.mark.parametrize("sabotage", [alone, first_come])
+def test_rows_that_are_not_packed_by_best_fit_are_refused(build, wrong, monkeypatch, sabotage):
+    sabotage(monkeypatch)
+    found = wrong(build(*PACKED, "data.max_samples=60"))
+    assert set(found) == {"training.packing"} and "best fit needs" in found["training.packing"].how

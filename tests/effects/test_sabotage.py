@@ -86,6 +86,47 @@ def plain_groups(monkeypatch):
     monkeypatch.delattr(Resumable, "create_optimizer")
 
 
+def unfused(monkeypatch):
+    from transformers import Trainer
+
+    real = Trainer.get_optimizer_cls_and_kwargs
+
+    def chosen(args, model=None):
+        kind, given = real(args, model)
+        return kind, {key: value for key, value in given.items() if key != "fused"}
+
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(chosen))
+
+
+def muon(*ignored, **forced):
+    """torch's Muon ignores these arguments, and takes the forced ones."""
+
+    def before(monkeypatch):
+        import torch
+
+        real = torch.optim.Muon.__init__
+
+        def deaf(self, params, **given):
+            real(self, params, **({k: v for k, v in given.items() if k not in ignored} | forced))
+
+        monkeypatch.setattr(torch.optim.Muon, "__init__", deaf)
+
+    return before
+
+
+def no_iteration(monkeypatch):
+    from torch.optim import _muon
+
+    monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", lambda grad, *_: grad / grad.norm())
+
+
+def matrix_with_adamw(built):
+    from soup.effects.optimizer import optimizer
+
+    groups = optimizer(built).param_groups
+    groups[-1]["params"].append(groups[0]["params"].pop())
+
+
 def rates_at_ten_times(monkeypatch):
     from soup.train import trainer
 
@@ -186,6 +227,15 @@ def optimizer_group(**changed):
         from soup.effects.optimizer import optimizer
 
         optimizer(built).param_groups[0].update(changed)
+
+    return after
+
+
+def spoilt_last_group(**changed):
+    def after(built):
+        from soup.effects.optimizer import optimizer
+
+        optimizer(built).param_groups[-1].update(changed)
 
     return after
 
@@ -406,6 +456,15 @@ BEFORE = {
     "beta2": ("optim.beta2=0.95", dropped("adam_beta2"), "optim.beta2"),
     "eps": ("optim.eps=1e-6", dropped("adam_epsilon"), "optim.eps"),
     "optimizer": ("", sgd, "optim.name"),
+    "AdamW without its fused kernel": ("", unfused, "optim.name"),
+    "AdamW for Muon": ("optim=muon", plain_groups, "optim.name"),
+    "Muon with the size of another paper": ("optim=muon", muon(adjust_lr_fn="original"), "optim.name"),
+    "Muon's momentum": ("optim=muon optim.momentum=0.5", muon("momentum"), "optim.momentum"),
+    "Muon's iterations": ("optim=muon optim.ns_steps=3", muon("ns_steps"), "optim.ns_steps"),
+    "Muon without a look ahead": ("optim=muon", muon(nesterov=False), "optim.nesterov"),
+    "Muon's own iteration": ("optim=muon", no_iteration, "optim.name"),
+    "Muon's rate": ("optim=muon", muon("lr"), "optim.lr"),
+    "Muon's decay": ("optim=muon optim.weight_decay=0.1", dropped("weight_decay"), "optim.weight_decay"),
     "LoRA+'s groups": ("lora=loraplus", plain_groups, "lora.loraplus_lr_ratio"),
     "LoRA+'s rate of A": ("lora=loraplus", rates_at_ten_times, "optim.lr"),
     "Lion's beta1": ("optim=lion optim.beta1=0.8", dropped("adam_beta1"), "optim.beta1"),
@@ -468,6 +527,15 @@ BEFORE = {
     # data
     "rows prepared again": ("", dropped("dataset_kwargs"), "data.train"),
     "length": ("data.max_length=40", DATA(max_length=512), "data.max_length"),
+    "skips what is too long": ("data.max_length=180", DATA(on_too_long="skip"), "data.on_too_long"),
+    "truncates what is too long": (
+        "data.max_length=180 data.on_too_long=skip",
+        DATA(on_too_long="truncate"),
+        "data.on_too_long",
+    ),
+    "fewer samples": ("", DATA(max_samples=20), "data.max_samples"),
+    "more samples": ("data.max_samples=20", DATA(max_samples=None), "data.max_samples"),
+    "other samples": ("data.max_samples=20", DATA(max_samples=19), "data.max_samples"),
     "other evaluation": ("data.eval_fraction=0.2", DATA(eval_fraction=0.05), "data.eval_fraction"),
     # model
     "dtype": ("model.dtype=bfloat16", LOAD("dtype"), "model.dtype"),
@@ -539,6 +607,8 @@ AFTER = {
     "GaLore's scale": (GALORE, optimizer_group(scale=1.0), "optim.galore_scale"),
     "GaLore's rank": (GALORE, optimizer_group(rank=4), "optim.galore_rank"),
     "GaLore without a projection": (GALORE, unprojected, "optim.galore_rank"),
+    "a matrix for Muon's AdamW": ("optim=muon lora=none", matrix_with_adamw, "optim.name"),
+    "Muon's AdamW's betas": ("optim=muon lora=none", spoilt_last_group(betas=(0.5, 0.9)), "optim.name"),
     "schedule-free, another average": (
         "optim=schedule_free",
         optimizer_group(weight_lr_power=0.0, r=2.0),

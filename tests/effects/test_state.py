@@ -57,6 +57,8 @@ def _differences(before, after):
         ("lora=dora", "training.gradient_checkpointing=true"),
         ("model.quantization=4bit",),
         ("optim=adamw_8bit",),
+        ("model.quantization=4bit", "model.quantization_aware=true", "lora=dora"),
+        ("model.quantization=8bit", "model.quantization_aware=true", "lora=none"),
     ],
     ids=" ".join,
 )

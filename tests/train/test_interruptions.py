@@ -257,6 +257,23 @@ def test_a_curriculum_twice_interrupted(twice_interrupted, task):
     twice_interrupted((*words, *TASKS.get(task, ())))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("training.curriculum_metric=loss",),
+        ("training.packing=true", "data.max_length=400"),
+        ("training.packing=true", "training.curriculum_metric=loss", "task=pretrain", "data.max_length=60"),
+    ],
+    ids=["loss", "packed", "pretrain, packed by loss"],
+)
+def test_other_curricula_twice_interrupted(twice_interrupted, words):
+    twice_interrupted(("training.curriculum=true", "training.curriculum_buckets=3", *TASK, *words))
+
+
+def test_muon_twice_interrupted(twice_interrupted):
+    twice_interrupted(("optim=muon", "optim.lr=1e-2", "lora=none", *TASK))
+
+
 @pytest.fixture(scope="module")
 def scorer(tiny_model, tmp_path_factory):
     """A random reward model, as task=reward saves one with all its weights."""

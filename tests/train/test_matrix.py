@@ -23,23 +23,29 @@ SEED, SAMPLE = 7, 10
 TASKS = ("sft", "pretrain", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "ppo")
 SPACE = (
     [f"task={task}" for task in TASKS],
-    ["optim=adamw", "optim=adamw_8bit", "optim=adafactor", "optim=lion", "optim=schedule_free"]
+    ["optim=adamw", "optim=adamw_8bit", "optim=adafactor", "optim=lion", "optim=schedule_free", "optim=muon"]
     + ["optim=galore optim.galore_rank=8 optim.galore_update_proj_gap=1"],
     ["lora=lora", "lora=dora lora.target_modules=[q_proj,down_proj]", "lora=rslora lora.dropout=0.1"]
     + ["lora=loraplus lora.r=4", "lora=none"],
-    ["model.quantization=none", "model.quantization=4bit", "model.quantization=8bit"],
+    [f"model.quantization={held} model.quantization_aware=false" for held in ("none", "4bit", "8bit")]
+    + ["model.quantization=4bit model.quantization_aware=true"]
+    + ["model.quantization=8bit model.quantization_aware=true model.quantization_group_size=16"],
     ["model.dtype=auto", "model.dtype=bfloat16", "model.dtype=float32"],
     ["training.gradient_checkpointing=false", "training.gradient_checkpointing=true"],
     ["training.packing=false", "training.packing=true"],
+    ["training.use_flash_attn=auto", "training.use_flash_attn=off"],
     ["training.neftune_alpha=0.0", "training.neftune_alpha=5.0"],
     ["training.freeze_layers=0", "training.freeze_layers=1", "training.freeze_ratio=0.5"],
     ["training.loss_watchdog=false", "training.loss_watchdog=true training.loss_watchdog_action=rollback"],
-    ["training.curriculum=false", "training.curriculum=true training.curriculum_buckets=3"],
+    ["training.curriculum=false", "training.curriculum=true training.curriculum_buckets=3"]
+    + ["training.curriculum=true training.curriculum_metric=loss"],
     ["training.gradient_accumulation_steps=1", "training.gradient_accumulation_steps=2"],
     ["training.max_grad_norm=1.0", "training.max_grad_norm=0.0"],
     ["training.max_steps=2", "training.max_steps=null training.epochs=0.1"],
     ["data.max_length=128", "data.max_length=320 data.on_too_long=skip"],
     ["data.streaming=false", "data.streaming=true"],
+    ["longctx=none"]
+    + [f"longctx={kind} longctx.rope_factor=4.0" for kind in ("linear", "dynamic", "yarn", "llama3")],
 )
 
 
@@ -58,7 +64,7 @@ def defaults():
     """Facts of what the space leaves alone."""
     whole = yaml.safe_load((CONF / "config.yaml").read_text())
     found = {f"training.{leaf}": value for leaf, value in whole["training"].items()}
-    for word in ("model=hub", "data=auto", "backend=transformers", "distributed=none", "longctx=none"):
+    for word in ("model=hub", "data=auto", "backend=transformers", "distributed=none"):
         found |= read(word)
     chosen = {word.partition("=")[0] for values in SPACE for value in values for word in value.split()}
     found = {key: value for key, value in found.items() if key not in chosen}

@@ -8,7 +8,14 @@ import pytest
 
 from tests.train.test_quantized_resume import STOP
 
-LEARNS = {"adafactor": 1e-2, "adamw_8bit": 5e-3, "lion": 1e-3, "schedule_free": 1e-2, "galore": 1e-2}
+LEARNS = {
+    "adafactor": 1e-2,
+    "adamw_8bit": 5e-3,
+    "lion": 1e-3,
+    "schedule_free": 1e-2,
+    "galore": 1e-2,
+    "muon": 1e-2,
+}
 KNOBS = {"galore": ("optim.galore_rank=8", "optim.galore_update_proj_gap=3")}
 
 
@@ -18,6 +25,7 @@ QUICK = (
     ("lion", "loraplus"),
     ("galore", "none"),
     ("schedule_free", "lora"),
+    ("muon", "dora"),
 )
 MORE = (
     ("adafactor", "lora"),
@@ -27,6 +35,7 @@ MORE = (
     ("adamw", "loraplus"),
     ("schedule_free", "none"),
     ("schedule_free", "loraplus"),
+    ("muon", "none"),
 )
 
 

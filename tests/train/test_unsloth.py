@@ -36,6 +36,11 @@ CHOICES = {
         "training.loss_watchdog=true",
         "training.curriculum=true",
     ),
+    "Muon, in the order of losses": (
+        "optim=muon",
+        "training.curriculum=true",
+        "training.curriculum_metric=loss",
+    ),
     "bfloat16, all weights": ("model.dtype=bfloat16", "lora=none"),
 }
 # Imports Unsloth and what a training process imports, then forks one for each line it reads.

@@ -1,0 +1,56 @@
+"""Which probes speak about which key, on real builds of every choice: docs/proofs.json, for docs/settings.md.
+
+`make docs` writes the file anew (SOUP_WRITE_PROOFS=1).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).parents[2] / "docs" / "proofs.json"
+LORA = ["lora=lora", "lora=dora", "lora=rslora", "lora=loraplus"]
+TASKS = ["sft", "pretrain", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "ppo"]
+OPTIMIZERS = ["adamw_8bit", "adafactor", "lion", "schedule_free"]
+WORDS = (
+    [f"task={task}" for task in TASKS]
+    + [f"optim={optimizer}" for optimizer in OPTIMIZERS]
+    + ["optim=galore optim.galore_rank=8 lora=none", "training.curriculum=true", "training.packing=true"]
+    + ["training.loss_watchdog=true", "model.quantization=4bit", *LORA[1:]]
+)
+ABOUT: dict[str, dict[str, None]] = {}
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny_model, tmp_path_factory):
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("scorer")
+    with torch.random.fork_rng():
+        AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_what_is_said_of_each_key(build, scorer, words):
+    from soup import effects
+
+    given = words.split()
+    if words == "task=ppo":
+        given += [f"task.reward_model={scorer}", f"task.value_model={scorer}", "task.response_length=8"]
+    for name, effect in effects.spoken(build(*given)):
+        assert effect.ok, effect
+        ABOUT.setdefault(effect.key, {})[name] = None
+
+
+def test_the_table_of_proofs_is_current():
+    if len(WORDS) > 1 and "optim.galore_rank" not in ABOUT:
+        pytest.skip("needs the builds of this file, all of them")
+    found = {key: sorted(names) for key, names in sorted(ABOUT.items())}
+    if os.environ.get("SOUP_WRITE_PROOFS"):
+        FILE.write_text(json.dumps(found, indent=1) + "\n")
+    assert json.loads(FILE.read_text()) == found, "make docs"
