@@ -127,6 +127,7 @@ def test_num_proc_is_the_number_of_threads(arguments):
     )
     env = {name: value for name, value in os.environ.items() if name != "RAYON_NUM_THREADS"}
     env |= {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    env |= {"TOKENIZERS_PARALLELISM": "true"}
     for number in (1, 3):
         given = arguments(ROWS, num_proc=number)
         plain = json.dumps(given | {"model_folder": str(given["model_folder"]), "cache": str(given["cache"])})

@@ -98,6 +98,71 @@ def test_weights_are_the_shares_of_rows_and_the_mix_is_reported(arguments, two, 
     assert prepare(**arguments(train=two, weights=[3.0, 1.0], max_samples=8))["train"].report.rows == 8
 
 
+def graded(write):
+    """Rows with a difficulty in two formats: 0, 1, ... and 100, 101, ..."""
+    alpaca = [{"instruction": f"Add {n}.", "output": f"a{n}", "difficulty": n} for n in range(20)]
+    texts = [{"prompt": f"Say {n}.", "completion": f"m{n}", "difficulty": 100 + n} for n in range(30)]
+    return [write("alpaca.jsonl", alpaca), write("said.jsonl", texts)]
+
+
+def test_numbers_stay_beside_the_rows_of_each_source(arguments, write, encoder):
+    made = prepare(
+        **arguments(
+            train=graded(write), weights=[1.0, 1.0], numbers=("difficulty",), eval_fraction=0.1, max_length=64
+        )
+    )
+    found = []
+    for split in made.values():
+        for row in load(split).to_list():
+            said = encoder().tokenizer.decode(
+                [t for t in row["labels"] if t != -100], skip_special_tokens=True
+            )
+            found.append((said.strip(), row["difficulty"]))
+    assert sorted(found) == sorted(
+        [(f"a{n}", float(n)) for n in range(20)] + [(f"m{n}", 100.0 + n) for n in range(20)]
+    )
+
+
+def test_a_source_without_the_number_is_refused_with_its_place(arguments, two, write):
+    problems = refusal(arguments(train=[graded(write)[1], two[1]], numbers=("difficulty",)))
+    assert problems[0].key == f"{two[1]}:1" and "`difficulty` is missing" in problems[0].why
+
+
+def test_fingerprints_know_numbers_weights_and_streaming(arguments, write):
+    given = arguments(train=graded(write))
+    changes = ({}, {"numbers": ("difficulty",)}, {"weights": [1.0, 2.0]}, {"streaming": True})
+    assert len({fingerprint(**given | change) for change in changes}) == len(changes)
+
+
+@pytest.mark.parametrize("weights", [None, [3.0, 1.0], [1.0, 1.0]])
+@pytest.mark.parametrize("on_too_long", ["truncate", "skip"])
+def test_rows_are_counted_again_without_tokenising(arguments, write, weights, on_too_long):
+    from soup.data.settings import Settings
+    from soup.data.sources import count
+
+    rows = [{"text": "a"}, {"text": 3}, {"text": "long " * 300}, {"text": "b"}] * 5
+    files = [write("one.jsonl", rows), write("other.jsonl", rows)]
+    given = arguments(
+        train=files, shape="text", weights=weights, on_bad_row="skip", on_too_long=on_too_long, max_length=64
+    )
+    report = prepare(**given)["train"].report
+    made = count(Settings(**given), "train")
+    assert [(examples, tally.bad_total) for examples, tally in made] == [(15, 5), (15, 5)]
+    left = 10 if on_too_long == "skip" else 15
+    (examples, tally), ended = made[0], report.sources[0]  # the source that ends a mix is read whole
+    assert examples - (ended["lost"] - tally.bad_total) == left == ended["rows"]
+
+
+def test_the_sample_of_lengths_has_the_shares(arguments, write):
+    short, long = (
+        write("short.jsonl", [{"text": "a"}] * 4000),
+        write("long.jsonl", [{"text": "b " * 20}] * 6000),
+    )
+    sample = lengths(**arguments(train=[short, long], shape="text"))["train"].lengths["sample"]
+    assert sample == sorted(sample) and len(sample) == 1000
+    assert sample.count(sample[0]) == pytest.approx(400, abs=5)
+
+
 def test_measured_lengths_are_those_of_the_mix(arguments, write):
     short = write("short.jsonl", [{"text": "a"}] * 30_00)
     long = write("long.jsonl", [{"text": "long " * 20}] * 9000)

@@ -49,6 +49,68 @@ def test_shares_are_counted_in_the_trainers_rows(build, wrong, two, words):
     assert "rows: 40 of " in how and "20 of " in how
 
 
+@pytest.mark.parametrize(
+    ("words", "rows"),
+    [
+        (("data.weights=[2,1]",), 60),
+        (("data.weights=[1,1]",), 80),
+        (("data.weights=[1,1]", "data.max_samples=21"), 21),
+        (("data.weights=[1,1]", "data.max_samples=300"), 80),
+        (("data.max_samples=45",), 45),
+        ((), 130),
+        (("data.weights=[2,1]", "data.eval_fraction=0.2", "training.packing=true"), 60),
+    ],
+    ids=str,
+)
+def test_samples_are_those_that_the_files_come_to(build, wrong, two, words, rows):
+    built = build(two, *words)
+    assert wrong(built) == {}
+    assert proved(built)["data.max_samples"].how.startswith(f"{rows} rows were prepared; the files hold 130")
+
+
+def test_skipped_and_bad_rows_of_a_mix_are_accounted_for(build, wrong, tmp_path, two):
+    rows = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+    for row in rows[::4]:
+        row["output"] = "It is long. " * 200
+    rows[1] = {"instruction": 3}
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ("data.on_too_long=skip", "data.on_bad_row=skip", "data.max_length=200")
+    built = build(two, "data.weights=[1,1]", *given)
+    assert wrong(built) == {}
+    assert built.prepared["train"].report.rows == 2 * 29
+
+
+@pytest.mark.parametrize("words", [(), ("training.packing=true",)], ids=str)
+def test_sources_are_sorted_by_difficulty(build, wrong, tmp_path, words):
+    for name, start in (("one", 0), ("other", 7)):
+        rows = [
+            {"prompt": f"{name} {n}?", "completion": "yes " * (n % 5 + 1), "difficulty": start + n * 5 % 13}
+            for n in range(40)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    built = build(
+        f"data.train=[{tmp_path}/one.jsonl,{tmp_path}/other.jsonl]",
+        "data.weights=[2,1]",
+        "training.curriculum=true",
+        "training.curriculum_metric=difficulty",
+        *words,
+    )
+    assert wrong(built) == {}
+    assert "difficulty" not in built.trainer.train_dataset.column_names
+
+
+def fewer(monkeypatch):
+    import soup.train.build
+
+    real = soup.train.build.prepare
+    monkeypatch.setattr(soup.train.build, "prepare", lambda **given: real(**given | {"max_samples": 36}))
+
+
+def test_a_mix_that_is_cut_is_noticed(build, wrong, monkeypatch, two):
+    fewer(monkeypatch)
+    assert "data.max_samples" in wrong(build(two, "data.weights=[1,1]"))
+
+
 @pytest.mark.parametrize("task", ["dpo", "kto", "reward", "grpo"])
 def test_sources_of_pairs_and_prompts_mix(build, wrong, pairs, task):
     words = ("task.rewards=[length:5]",) if task == "grpo" else ()
