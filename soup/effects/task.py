@@ -25,6 +25,7 @@ from soup.effects.losses import Row
 from soup.effects.model import WHOLE_BYTES
 from soup.effects.moe import every_expert, unbalanced
 from soup.effects.quantization import tensors
+from soup.effects.sources import held
 from soup.model.load import prompt_ids
 from soup.train.forward import as_prepared
 
@@ -64,7 +65,7 @@ def _loss(built: Any) -> Iterator[Effect]:
     trainer, model = built.trainer, built.model
     formula = getattr(losses, built.config.tree["task"]["name"])
     with undisturbed(built), unbalanced(trainer), every_expert(model):
-        examples = _examples(trainer.train_dataset)
+        examples = _examples(held(built))
         batch = _collated(trainer, examples)
 
         def measured() -> list[Row]:
@@ -95,7 +96,7 @@ def first_batch(built: Any) -> dict[str, Any]:
         prompt, answers = _made_up(built)
         frozen = [torch.zeros(len(answer)) for answer in answers]
         return _group(built, prompt, answers, frozen)
-    return dict(_collated(built.trainer, _examples(built.trainer.train_dataset)))
+    return dict(_collated(built.trainer, _examples(held(built))))
 
 
 def _collated(trainer: Any, examples: Sequence[Mapping[str, Any]]) -> Any:
@@ -159,13 +160,14 @@ def reference(built: Any) -> Iterator[Effect]:
     """Where the reference's log-probabilities come from: adapters off, a frozen copy, or a table made before."""
     trainer = built.trainer
     asked = built.config.task.precompute_ref
-    columns = [name for name in trainer.train_dataset.column_names if name.startswith("ref_")]
+    rows = held(built)
+    columns = [name for name in rows.column_names if name.startswith("ref_")]
     copy = trainer.ref_model
     how = "the model with its adapters off"
     ok = True
     if columns:
         with undisturbed(built):
-            example = trainer.train_dataset[0]
+            example = rows[0]
             row = _row(built, example)
         rounds = built.precision.autocast is not None
         gaps, fits = [], []
