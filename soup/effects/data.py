@@ -200,7 +200,7 @@ def label_mask(built: Any) -> Iterator[Effect]:
 def packing(built: Any) -> Iterator[Effect]:
     """Whether documents share rows and do not see one another: a token of one is changed, and the logits looked at."""
     from soup.effects.moe import every_expert
-    from soup.effects.task import undisturbed
+    from soup.effects.undisturbed import undisturbed
 
     asked = built.config.training.packing
     rows = held(built)

@@ -228,7 +228,8 @@ def _coefficients(built: Any) -> list[Any]:
 
 def _added(built: Any) -> tuple[float, float, float]:
     """What the balancing loss adds to the trainer's loss of its first rows, its formula's value, and rounding."""
-    from soup.effects.task import first_batch, undisturbed
+    from soup.effects.task import first_batch
+    from soup.effects.undisturbed import undisturbed
 
     trainer, model = built.trainer, built.model
     with undisturbed(built):
