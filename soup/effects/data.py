@@ -219,7 +219,7 @@ def packing(built: Any) -> Iterator[Effect]:
     first = example["seq_lengths"][0]
     changed = {**example, "input_ids": [*example["input_ids"]]}
     changed["input_ids"][0] = example["input_ids"][0] ^ 1  # another token of the vocabulary
-    with undisturbed(built), every_expert(built.model):
+    with undisturbed(built), every_expert(built):
         logits = []
         for one in (example, changed):
             batch = built.trainer._prepare_inputs(built.trainer.data_collator([dict(one)]))

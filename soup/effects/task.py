@@ -59,7 +59,7 @@ def _loss(built: Any) -> Iterator[Effect]:
     """The trainer's loss on the first rows against the paper's, and for each knob that another value would show."""
     trainer, model = built.trainer, built.model
     formula = getattr(losses, built.config.tree["task"]["name"])
-    with undisturbed(built), unbalanced(trainer), every_expert(model):
+    with undisturbed(built), unbalanced(trainer), every_expert(built):
         examples = _examples(held(built))
         batch = _collated(trainer, examples)
 
@@ -103,7 +103,7 @@ def group_loss(built: Any) -> Iterator[Effect]:
     trainer, model = built.trainer, built.model
     tree = built.config.tree["task"]
     prompt, answers = _made_up(built)
-    with undisturbed(built), unbalanced(trainer), every_expert(model):
+    with undisturbed(built), unbalanced(trainer), every_expert(built):
 
         def measured() -> list[Row]:
             heat = tree["temperature"]
