@@ -27,6 +27,7 @@ def data_arguments(config: Config, model_folder: Path) -> dict[str, Any]:
     return {
         "train": train,
         "eval": held_out,
+        "weights": data.weights,
         "eval_fraction": data.eval_fraction,
         "split_seed": config.training.data_seed,
         "format": data.format,
@@ -39,6 +40,7 @@ def data_arguments(config: Config, model_folder: Path) -> dict[str, Any]:
         "on_too_long": data.on_too_long,
         "max_samples": data.max_samples,
         "num_proc": data.num_proc,
+        "streaming": data.streaming,
         "numbers": ("difficulty",) if config.training.by_difficulty else (),
         "cache": cache.root(),
     }

@@ -95,8 +95,9 @@ class ModelSpec(Spec):
 class DataSpec(Spec):
     """Where rows come from and what happens to the bad and the long ones. Lengths are in tokens."""
 
-    train: str | None
-    eval: str | None
+    train: str | tuple[str, ...] | None
+    eval: str | tuple[str, ...] | None
+    weights: tuple[float, ...] | None
     format: str
     max_length: int
     eval_fraction: float

@@ -20,6 +20,7 @@ FACTS = {
     "lora.names_experts": (True,),
     "task.whole_groups": (False,),
     "task.weighed": (False,),
+    "data.weighed": (False,),
 }
 NEVER = object()
 
@@ -195,6 +196,23 @@ REFUSED = {
     "preferences with unsloth on a CPU": (("backend=unsloth", "task=dpo"), "task"),
     "packing with unsloth on a CPU": (("backend=unsloth", "training.packing=true"), "training.packing"),
     "8 bits with unsloth on a CPU": (("backend=unsloth", "model.quantization=8bit"), "model.quantization"),
+    "a stream of prompts": (("task=grpo", "data.streaming=true"), "data.streaming"),
+    "a stream for PPO": (("task=ppo", "data.streaming=true"), "data.streaming"),
+    "a packed stream": (("data.streaming=true", "training.packing=true"), "data.streaming"),
+    "a stream in easy order": (("data.streaming=true", "training.curriculum=true"), "data.streaming"),
+    "a stream and a table of it": (
+        ("task=dpo", "data.streaming=true", "task.precompute_ref=true"),
+        "data.streaming",
+    ),
+    "a stream in parts": (("data.streaming=true", "distributed=ddp"), "data.streaming"),
+    "a stream without an end": (("data.streaming=true", "training.max_steps=null"), "training.max_steps"),
+    "a part of a stream held out": (
+        ("data.streaming=true", "data.eval_fraction=0.1"),
+        "data.eval_fraction",
+    ),
+    "weights of the embedded set": (("data.weights=[1,2]",), "data.weights"),
+    "a weight of one source": (("data.train=[a.jsonl]", "data.weights=[1]"), "data.weights"),
+    "a weight too few": (("data.train=[a.jsonl,b.jsonl]", "data.weights=[1]"), "data.weights"),
     "an 8-bit optimizer with unsloth on a CPU": (("backend=unsloth", "optim=adamw_8bit"), "optim"),
 }
 

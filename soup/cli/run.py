@@ -69,6 +69,11 @@ def _one(where: Run, one: Checked, console: Any) -> int:
     console.print(f"{verb} run {where.id} in {where.folder}")
     report = one.reports["train"]
     learnt = report.lengths["sum_labels"]
+    if report.sampled:  # of what trains here only a stream is
+        console.print("rows are read while training; of the first ones:")
+    if len(report.sources) > 1:
+        form = "{rows} rows of {name}" if report.sampled else "{rows} of {read} rows of {name}"
+        console.print(", ".join(form.format(**source) for source in report.sources), soft_wrap=True)
     console.print(
         f"{report.rows} rows ({report.format}), {report.lengths['sum']} tokens"
         + (f", {learnt} of them learnt" if learnt else "")

@@ -22,11 +22,11 @@ def write(file: Path, shape: str, rows: Iterable[dict[str, Any]], files: list[Pa
         for row in rows:
             batch.append(row)
             if len(batch) == _BATCH_ROWS and shape != "prompt":
-                schema = schema or _schema(shape, batch[0])
+                schema = schema or schema_of(shape, batch[0])
                 writer = writer or pa.ipc.new_stream(file, schema)
                 writer.write_table(_table(batch, schema))
                 batch = []
-        schema = schema or (_inferred(batch, files) if shape == "prompt" else _schema(shape, batch[0]))
+        schema = schema or (_inferred(batch, files) if shape == "prompt" else schema_of(shape, batch[0]))
         writer = writer or pa.ipc.new_stream(file, schema)
         if batch:
             writer.write_table(_table(batch, schema), max_chunksize=_BATCH_ROWS)
@@ -46,7 +46,7 @@ def _side_type(value: Any) -> Any:
     )
 
 
-def _schema(shape: str, row: dict[str, Any]) -> Any:
+def schema_of(shape: str, row: dict[str, Any]) -> Any:
     import pyarrow as pa
 
     ids = pa.list_(pa.int32())

@@ -1,20 +1,19 @@
-"""From the files of one split to encoded rows, with an account of every row that did not make it."""
+"""From the rows of one source to encoded rows, with an account of every row that did not make it."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from soup.data.encode import Encoded
 from soup.data.formats import COLUMNS, detect
-from soup.data.read import read_rows
 from soup.data.report import BAD_KEPT
 from soup.data.rows import BadRow, BadRowReport, Row, names, number
 from soup.data.settings import Settings
@@ -23,14 +22,16 @@ from soup.errors import Problem, Refused
 
 _LOOKED_AT = 100  # rows by whose majority the format is told
 _CHUNK_ROWS, _CHUNK_CHARACTERS = 1000, 4_000_000  # tokenised together; offsets take some 100 bytes a token
+_AT_ONCE_ROWS = 64  # the same of a stream, which is refused at the first row that is wrong
 
 
 @dataclass
 class Tally:
-    """What happened to the rows of one split; filled while `encoded_rows` runs."""
+    """What happened to the rows of one source; filled while they pass."""
 
     format: str = ""
     read: int = 0
+    kept: int = 0  # usable rows that were handed on
     bad_total: int = 0
     bad: list[BadRowReport] = field(default_factory=list)
     too_long_total: int = 0
@@ -43,6 +44,10 @@ class Tally:
         self.bad_total += 1
         if len(self.bad) < BAD_KEPT:
             self.bad.append(report)
+
+    @property
+    def lost(self) -> int:
+        return self.bad_total + self.skipped + self.dropped_nothing_left
 
     def problems(self, settings: Settings) -> list[Problem]:
         """What the rows have wrong that the settings refuse."""
@@ -71,53 +76,13 @@ class Tally:
         return found
 
 
-def encoded_rows(settings: Settings, split: str, tally: Tally, limit: int | None = None) -> Iterator[Encoded]:
-    """The usable rows of a split, in order, at most `max_samples`, while `tally` is filled.
-
-    `limit`: after that many rows read, the rest are counted and not encoded. Raises Refused at the end for
-    what the settings refuse, all problems together, or where no row is left.
-    """
-    kept = 0
-    problems: tuple[Problem, ...] = ()
-    try:
-        rows = _counted(read_rows(settings.files[split]), tally)
-        head = _head(rows)
-        tally.format = _format(settings, head, split)
-        numbers = settings.numbers if split == "train" else ()
-        read = itertools.islice(itertools.chain(head, rows), limit)
-        for result in _usable(settings, read, tally, numbers):
-            if split == "train" and kept == settings.max_samples:
-                break
-            kept += 1
-            yield result
-        else:
-            for _ in rows:  # past the limit: counted by _counted
-                pass
-    except Refused as refused:
-        problems = refused.problems
-    problems = (*tally.problems(settings), *problems)
-    if not problems and kept == 0:
-        problems = (_nothing_left(settings, split, tally),)
-    if problems:
-        raise Refused(problems)
-
-
-def count(settings: Settings, split: str) -> tuple[int, Tally]:
-    """Examples that the rows of a split come to before any is tokenised, and the account of the bad ones."""
-    tally = Tally()
-    rows = _counted(read_rows(settings.files[split]), tally)
-    head = _head(rows)
-    tally.format = _format(settings, head, split)
-    return sum(1 for _ in _examples(settings, itertools.chain(head, rows), tally, ())), tally
-
-
-def _counted(rows: Iterable[Row | BadRowReport], tally: Tally) -> Iterator[Row | BadRowReport]:
+def counted(rows: Iterable[Row | BadRowReport], tally: Tally) -> Iterator[Row | BadRowReport]:
     for row in rows:
         tally.read += 1
         yield row
 
 
-def _head(rows: Iterator[Row | BadRowReport]) -> list[Row | BadRowReport]:
+def head(rows: Iterator[Row | BadRowReport]) -> list[Row | BadRowReport]:
     """The first _LOOKED_AT rows that can be read, and the bad ones among them."""
     head: list[Row | BadRowReport] = []
     readable = 0
@@ -129,16 +94,16 @@ def _head(rows: Iterator[Row | BadRowReport]) -> list[Row | BadRowReport]:
     return head
 
 
-def _format(settings: Settings, head: list[Row | BadRowReport], split: str) -> str:
+def format_of(settings: Settings, head: list[Row | BadRowReport], split: str, files: Sequence[Path]) -> str:
     """The format given, or that of most of the first rows; checked against the shape that the task needs."""
     rows = [row for row in head if isinstance(row, Row)]
     if settings.format != "auto":
-        settings.check_accepted(settings.format, split)
+        settings.check_accepted(settings.format, split, files)
         return settings.format
     seen = Counter(format for format in (detect(row.fields) for row in rows) if format is not None)
     if seen:
         format = seen.most_common(1)[0][0]
-        settings.check_accepted(format, split)
+        settings.check_accepted(format, split, files)
         return format
     if rows:
         known = "; ".join(f"{format}: {columns}" for format, columns in COLUMNS.items())
@@ -152,11 +117,20 @@ def _format(settings: Settings, head: list[Row | BadRowReport], split: str) -> s
     return settings.format
 
 
-def _usable(
-    settings: Settings, rows: Iterable[Row | BadRowReport], tally: Tally, numbers: Sequence[str]
+def usable(
+    settings: Settings,
+    rows: Iterable[Row | BadRowReport],
+    tally: Tally,
+    *,
+    numbers: Sequence[str],
+    style: list[type],
+    at_once: bool,
 ) -> Iterator[Encoded]:
-    for chunk in _chunks(_examples(settings, rows, tally, numbers)):
-        results = settings.encoder.encode_batch(settings.shape, [example for _, example in chunk])
+    """Encoded rows with the `numbers` of each beside its tokens; `style` and `at_once` as a `Source` has them."""
+    made = examples(settings, rows, tally, numbers=numbers, style=style)
+    for chunk in _chunks(made, _AT_ONCE_ROWS if at_once else _CHUNK_ROWS):
+        with threads(settings.num_proc):
+            results = settings.encoder.encode_batch(settings.shape, [example for _, example in chunk])
         for (row, _), result in zip(chunk, results, strict=True):
             if isinstance(result, BadRow):
                 tally.add_bad(BadRowReport.of(row, result))
@@ -176,28 +150,37 @@ def _usable(
                 yield replace(result, columns=result.columns | beside)
             else:
                 yield result
+        if at_once and (problems := tally.problems(settings)):
+            raise Refused(problems)
+    if at_once and (problems := tally.problems(settings)):  # of rows that were not even encoded
+        raise Refused(problems)
 
 
-def _examples(
-    settings: Settings, rows: Iterable[Row | BadRowReport], tally: Tally, numbers: Sequence[str]
+def examples(
+    settings: Settings,
+    rows: Iterable[Row | BadRowReport],
+    tally: Tally,
+    *,
+    numbers: Sequence[str],
+    style: list[type],
 ) -> Iterator[tuple[Row, dict[str, Any]]]:
-    style: type | None = None
+    """The examples of each good row, in the task's shape; the bad rows are counted."""
     for row in rows:
         if isinstance(row, BadRowReport):
             tally.add_bad(row)
             continue
         try:
-            examples = to_shape(row.fields, tally.format, settings.shape)
+            found = to_shape(row.fields, tally.format, settings.shape)
             _check_same(settings, row, tally.format)
             for name in numbers:
                 number(row, name)
             if settings.shape not in TOKENISED:
-                style = style or type(examples[0]["prompt"])
-                _check_style(style, examples[0]["prompt"])
+                style[:] = style or [type(found[0]["prompt"])]
+                _check_style(style[0], found[0]["prompt"])
         except BadRow as error:
             tally.add_bad(BadRowReport.of(row, error))
             continue
-        for example in examples:
+        for example in found:
             yield row, example
 
 
@@ -220,13 +203,13 @@ def _check_style(style: type, prompt: Any) -> None:
         )
 
 
-def _chunks(examples: Iterable[tuple[Row, Any]]) -> Iterator[list[tuple[Row, Any]]]:
+def _chunks(examples: Iterable[tuple[Row, Any]], rows: int) -> Iterator[list[tuple[Row, Any]]]:
     chunk: list[tuple[Row, Any]] = []
     characters = 0
     for row, example in examples:
         chunk.append((row, example))
         characters += _characters(example)
-        if len(chunk) == _CHUNK_ROWS or characters > _CHUNK_CHARACTERS:
+        if len(chunk) == rows or characters > _CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
     if chunk:
@@ -242,8 +225,8 @@ def _characters(example: dict[str, Any]) -> int:
     )
 
 
-def _nothing_left(settings: Settings, split: str, tally: Tally) -> Problem:
-    where = ", ".join(map(str, settings.files[split][:3]))
+def nothing_left(settings: Settings, split: str, files: Sequence[Path], tally: Tally) -> Problem:
+    where = ", ".join(map(str, files[:3]))
     if tally.read == 0:
         return Problem(
             key=f"data.{split}", value=where, why="there is no row in it", fix="name files with rows"

@@ -19,29 +19,41 @@ _SPLIT = {
 
 
 def resolve_files(train: str | Sequence[str], *, key: str = "data.train") -> list[Path]:
-    """The files that `train` names, in a fixed order (folders and globs sorted), each once.
+    """The files of all sources that `train` names, in order."""
+    return [file for source in resolve_sources(train, key=key) for file in source]
 
-    `train` is a file, a folder (searched through; hidden files, README and LICENSE left out), a glob, or a
-    name on the Hugging Face hub; or several, as a list or separated by commas. What has a data file's suffix
+
+def source_names(train: str | Sequence[str]) -> list[str]:
+    """The sources that `train` names: a list, or names separated by commas."""
+    names = [train] if isinstance(train, str) else list(train)
+    if len(names) == 1 and "," in names[0] and not Path(names[0]).expanduser().exists():
+        names = [name.strip() for name in names[0].split(",")]
+    return names
+
+
+def resolve_sources(train: str | Sequence[str], *, key: str = "data.train") -> list[list[Path]]:
+    """The files of each source that `train` names, in a fixed order (folders and globs sorted), each once.
+
+    A source is a file, a folder (searched through; hidden files, README and LICENSE left out), a glob, or a
+    name on the Hugging Face hub; several are a list, or separated by commas. What has a data file's suffix
     or begins with `.`, `/` or `~` is a path; `organisation/name` that does not exist here is a hub name.
 
     Raises Refused (all problems at once) where there is nothing, or nothing that soup reads.
     """
-    names = [train] if isinstance(train, str) else list(train)
-    if len(names) == 1 and "," in names[0] and not Path(names[0]).expanduser().exists():
-        names = [name.strip() for name in names[0].split(",")]
-    files: list[Path] = []
+    sources: list[list[Path]] = []
     problems: list[Problem] = []
-    for name in names:
+    for name in source_names(train):
         try:
-            files += _one(name, key)
+            sources.append(_one(name, key))
         except Refused as refused:
             problems += refused.problems
+    # One file by two names (a.jsonl, ./a.jsonl, a link) is the same rows twice.
+    files = [file.resolve() for source in sources for file in source]
     for file in sorted({file for file in files if files.count(file) > 1}):
         problems.append(Problem(key=key, value=str(file), why="is named twice", fix="name each file once"))
     if problems:
         raise Refused(problems)
-    return files
+    return sources
 
 
 def _one(name: str, key: str) -> list[Path]:

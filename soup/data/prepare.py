@@ -1,7 +1,8 @@
 """Data files to cached Arrow files that the trainers read, once for each content and setting.
 
-`<cache>/tokenised/<fingerprint>/` holds `train.arrow`, `eval.arrow` where there is one, and `report.json`.
-The Arrow files are IPC streams, as `datasets.Dataset.from_file` maps them. Columns:
+`<cache>/tokenised/<fingerprint>/` holds `train.arrow`, `eval.arrow` where there is one, the number of each row's source
+(`train.sources.npy`) where there are several, and `report.json`; of a stream, which is tokenised while it trains, the
+report alone. The Arrow files are IPC streams, as `datasets.Dataset.from_file` maps them. Columns:
   conversation, text   input_ids, labels (int32 lists of equal length; -100 where a token is not learnt)
   preference           prompt, chosen, rejected    texts or lists of {role, content}
   unpaired             prompt, completion, label
@@ -13,18 +14,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from soup.cache import entry
-from soup.data.arrow import part, write
-from soup.data.build import Tally, encoded_rows, group_digest, threads
-from soup.data.encode import Encoded
-from soup.data.report import Report, summarise
+from soup.data.account import Account
+from soup.data.arrow import first, part, write
+from soup.data.report import Report
 from soup.data.settings import Settings
+from soup.data.stream import Stream
 from soup.errors import Problem, RecordError, Refused
 
 SAMPLED_ROWS = 2000
@@ -32,24 +32,38 @@ SAMPLED_ROWS = 2000
 
 @dataclass(frozen=True)
 class Prepared:
-    """One split of a complete cache entry."""
+    """One split of a complete cache entry. `stream`: its rows, where they are read while training."""
 
     folder: Path
     split: str
     report: Report
     columns: tuple[str, ...]
     fingerprint: str
+    stream: Stream | None = None
 
     def open(self, split: str | None = None) -> Path:
         """The Arrow stream of this split (or another of the entry), for `datasets.Dataset.from_file`."""
         return self.folder / f"{split or self.split}.arrow"
 
+    def first(self, rows: int) -> list[dict[str, Any]]:
+        """The first rows, as they lie in the data."""
+        if self.stream is not None:
+            return self.stream.first(rows)
+        return first(self.open(), rows)
+
+    def sources(self) -> Any:
+        """The number of each row's source."""
+        import numpy as np
+
+        file = self.folder / f"{self.split}.sources.npy"
+        return np.load(file) if file.is_file() else np.zeros(self.report.rows, dtype=np.uint16)
+
 
 def prepare(**arguments: Any) -> dict[str, Prepared]:
     """The splits of the data, `train` and, where there is one, `eval`, tokenised now or taken from the cache.
 
-    The arguments are those of `soup.data.settings.Settings`, each required. Raises Refused with every problem
-    found, and RecordError where the cache cannot be written.
+    The arguments are those of `soup.data.settings.Settings`. Raises Refused with every problem found, and
+    RecordError where the cache cannot be written.
     """
     settings = Settings(**arguments)
     folder = _folder(settings)
@@ -63,7 +77,12 @@ def prepare(**arguments: Any) -> dict[str, Prepared]:
     saved = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     return {
         split: Prepared(
-            folder, split, Report.from_dict(one["report"]), tuple(one["columns"]), settings.fingerprint
+            folder,
+            split,
+            Report.from_dict(one["report"]),
+            tuple(one["columns"]),
+            settings.fingerprint,
+            Stream(settings) if settings.streams(split) else None,
         )
         for split, one in saved.items()
     }
@@ -85,7 +104,7 @@ def lengths(**arguments: Any) -> dict[str, Report]:
     reports: dict[str, Report] = {}
 
     def measure(split: str) -> None:
-        account = _Account(settings, split, SAMPLED_ROWS)
+        account = Account(settings, split, SAMPLED_ROWS)
         for _ in account.rows():
             pass
         reports.update(account.reports())
@@ -98,126 +117,30 @@ def _folder(settings: Settings) -> Path:
     return Path(settings.cache) / "tokenised" / settings.fingerprint
 
 
-class _Account:
-    """The rows of one file list as they pass, and the reports on them."""
-
-    def __init__(self, settings: Settings, split: str, limit: int | None = None):
-        self.settings, self.split, self.limit = settings, split, limit
-        self.tally = Tally()
-        self.lengths: list[int] = []
-        self.learnt: list[int] = []
-        self.truncated: list[bool] = []
-        self.groups: list[bytes] = []
-        self.held_out = settings.eval_fraction > 0
-
-    def rows(self) -> Iterator[Encoded]:
-        for row in encoded_rows(self.settings, self.split, self.tally, self.limit):
-            self.lengths.append(row.length)
-            self.learnt.append(row.learnt)
-            self.truncated.append(row.too_long)
-            if self.held_out:
-                self.groups.append(group_digest(self.settings.shape, row.columns))
-            yield row
-
-    @cached_property
-    def splits(self) -> dict[str, Any]:
-        """Split name to a mask over the rows, once all have passed."""
-        import numpy as np
-
-        if not self.held_out:
-            return {self.split: np.ones(len(self.lengths), dtype=bool)}
-        eval_R = _held_out(self.groups, self.settings)
-        return {"train": ~eval_R, "eval": eval_R}
-
-    def reports(self) -> dict[str, Report]:
-        import numpy as np
-
-        tally, settings = self.tally, self.settings
-        seen = min(tally.read, self.limit or tally.read)
-        scale = tally.read / seen
-        if settings.max_samples is not None and self.split == "train":
-            scale = min(scale, settings.max_samples / len(self.lengths))
-        length_R, learnt_R, truncated_R = (
-            np.array(one) for one in (self.lengths, self.learnt, self.truncated)
-        )
-        reports = {}
-        for split, mask_R in self.splits.items():
-            summary = summarise(length_R[mask_R], learnt_R[mask_R], tally.longest, scale)
-            lost = (
-                {}
-                if split != self.split
-                else {
-                    "bad_total": round(tally.bad_total * scale),
-                    "bad": [asdict(bad) for bad in tally.bad],
-                    "skipped": round(tally.skipped * scale),
-                    "dropped_nothing_left": round(tally.dropped_nothing_left * scale),
-                }
-            )
-            reports[split] = Report(
-                rows=summary["count"],
-                format=tally.format,
-                shape=settings.shape,
-                lengths=summary,
-                truncated=round(int(truncated_R[mask_R].sum()) * scale),
-                sampled=tally.read > seen,
-                **lost,
-            )
-        return reports
-
-
-def _held_out(groups: list[bytes], settings: Settings) -> Any:
-    """Which rows are for evaluation: `eval_fraction` of them, drawn by `split_seed`.
-
-    Rows of one group, which are copies or answers to one prompt, stay together, so that nothing evaluated was
-    trained on. Raises Refused where one of the two sides would be empty.
-    """
-    import numpy as np
-
-    wanted = max(1, round(settings.eval_fraction * len(groups)))
-    index: dict[bytes, int] = {}
-    group_R = np.array([index.setdefault(group, len(index)) for group in groups])
-    size_G = np.bincount(group_R)
-    order_G = np.random.Generator(np.random.PCG64(settings.split_seed)).permutation(len(size_G))
-    taken_G = np.zeros(len(size_G), dtype=bool)
-    count = 0
-    for group in order_G:
-        if count + size_G[group] <= wanted:
-            taken_G[group] = True
-            count += int(size_G[group])
-        if count == wanted:
-            break
-    eval_R = taken_G[group_R]
-    if not eval_R.any() or eval_R.all():
-        raise Refused(
-            Problem(
-                key="data.eval_fraction",
-                value=settings.eval_fraction,
-                why=f"of {len(groups)} rows, {len(index)} of them different, {wanted} cannot be held out "
-                "and some be left",
-                fix="give more rows, another fraction, or data.eval",
-            )
-        )
-    return eval_R
-
-
 def _each_split(settings: Settings, work: Callable[[str], None]) -> None:
     """Does the work for each list of files, and raises what is wrong with any of them together."""
     problems: list[Problem] = []
-    with threads(settings.num_proc):
-        for split in settings.files:
-            try:
-                work(split)
-            except Refused as refused:
-                problems += refused.problems
+    for split in settings.sources:
+        try:
+            work(split)
+        except Refused as refused:
+            problems += refused.problems
     if problems:
         raise Refused(problems)
 
 
 def _build(settings: Settings, folder: Path) -> None:
+    import numpy as np
+
     saved: dict[str, Any] = {}
 
     def tokenise(split: str) -> None:
-        account = _Account(settings, split)
+        if settings.streams(split):
+            account = Account(settings, split, SAMPLED_ROWS)
+            columns = list({name: None for row in account.rows() for name in row.columns})
+            saved[split] = {"columns": columns, "report": account.reports()[split].to_dict()}
+            return
+        account = Account(settings, split)
         whole = folder / "whole.arrow"
         rows = (row.columns for row in account.rows())
         columns = write(whole, settings.shape, rows, settings.files[split])
@@ -229,6 +152,9 @@ def _build(settings: Settings, folder: Path) -> None:
                 part(whole, folder / f"{name}.arrow", mask_R)
             whole.unlink()
         for name, report in reports.items():
+            if len(report.sources) > 1:
+                source_R = np.array(account.source, dtype=np.uint16)
+                np.save(folder / f"{name}.sources.npy", source_R[account.splits[name]])
             size = (folder / f"{name}.arrow").stat().st_size
             saved[name] = {"columns": columns, "report": report.to_dict() | {"bytes": size}}
 

@@ -17,12 +17,14 @@ class Report:
     `bad_total` counts all. `skipped` were too long (data.on_too_long=skip); `truncated` are among `rows`;
     `dropped_nothing_left` would have had nothing to learn from once truncated. Where data.eval_fraction parts
     a split from the training files, bad, skipped and dropped rows are in the training split's report.
+    `sources`: {name, format, read, rows, lost} of each, in order: the rows in its files, those of it among `rows`,
+    and those that were bad, skipped or dropped.
 
     `lengths`, after truncation: count, mean, p50, p95, max, sum, sum_labels (tokens learnt), longest (before
     truncation), histogram {"edges": n + 1 numbers, "counts": n}, and sample: the lengths themselves in order, 1000
     evenly spaced ones where there are more. A preference pair's length is that of its
     longer side. `sampled`: measured on the first rows only; `rows`, the counts and the sums are scaled up to
-    the whole. `bytes`: of the tokenised file; 0 where there is none.
+    the whole, but for a stream, whose end nobody has seen. `bytes`: of the tokenised file; 0 where there is none.
     """
 
     rows: int
@@ -36,6 +38,7 @@ class Report:
     dropped_nothing_left: int = 0
     bytes: int = 0
     sampled: bool = False
+    sources: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -45,12 +48,9 @@ class Report:
         return cls(**{one.name: data[one.name] for one in fields(cls)})
 
 
-def summarise(length_R: Any, learnt_R: Any, longest: int, scale: float = 1.0) -> dict[str, Any]:
-    """Length statistics of R rows (tokens). `scale` multiplies count, sums and histogram, for samples."""
+def summarise(length_R: Any, learnt_R: Any, longest: int, scale_R: Any) -> dict[str, Any]:
+    """Length statistics of R rows (tokens). In a sample each row stands for `scale_R` rows of its source."""
     import numpy as np
-
-    def whole(value: Any) -> int:
-        return round(float(value) * scale)
 
     if len(length_R) == 0:
         return {
@@ -66,21 +66,25 @@ def summarise(length_R: Any, learnt_R: Any, longest: int, scale: float = 1.0) ->
             "sample": [],
         }
     bins = min(12, int(length_R.max() - length_R.min()) + 1)
-    counts_B, edges_B = np.histogram(length_R, bins=bins)
+    counts_B, edges_B = np.histogram(length_R, bins=bins, weights=scale_R)
+    alike = bool((scale_R == scale_R[0]).all())
+    weigh = {} if alike else {"weights": scale_R, "method": "inverted_cdf"}
+    spaced_P = np.linspace(0, 1, min(SAMPLE, len(length_R)))
+    spread_P = np.sort(length_R)[np.linspace(0, len(length_R) - 1, len(spaced_P)).astype(int)]
     return {
-        "count": whole(len(length_R)),
-        "mean": round(float(length_R.mean()), 2),
-        "p50": int(np.percentile(length_R, 50)),
-        "p95": int(np.percentile(length_R, 95)),
+        "count": round(float(scale_R.sum())),
+        "mean": round(float(length_R.mean() if alike else np.average(length_R, weights=scale_R)), 2),
+        "p50": int(np.percentile(length_R, 50, **weigh)),
+        "p95": int(np.percentile(length_R, 95, **weigh)),
         "max": int(length_R.max()),
-        "sum": whole(length_R.sum()),
-        "sum_labels": whole(learnt_R.sum()),
+        "sum": round(float((length_R * scale_R).sum())),
+        "sum_labels": round(float((learnt_R * scale_R).sum())),
         "longest": longest,
         "histogram": {
             "edges": [round(float(edge), 1) for edge in edges_B],
-            "counts": [whole(count) for count in counts_B],
+            "counts": [round(float(count)) for count in counts_B],
         },
-        "sample": np.sort(length_R)[np.linspace(0, len(length_R) - 1, min(SAMPLE, len(length_R))).astype(int)]
+        "sample": (spread_P if alike else np.percentile(length_R, 100 * spaced_P, **weigh))
         .astype(int)
         .tolist(),
     }

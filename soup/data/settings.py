@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from soup.data.encode import Encoder
-from soup.data.files import resolve_files
+from soup.data.files import resolve_sources, source_names
 from soup.data.formats import FORMATS
 from soup.data.shapes import ACCEPTS, SHAPES, convert
 from soup.errors import Problem, Refused
@@ -22,6 +23,7 @@ ON_BAD_ROW = ("refuse", "skip")
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """`train`, `eval`: files, folders, globs or hub names (`soup.data.files`); `eval` may be None.
+    `weights`: one for each source of `train`, in proportion to the rows that it gives; None takes them all.
     `eval_fraction`: of the training rows, held out where there is no `eval`; 0 holds out none.
     `split_seed`: which rows those are. `format`: auto, or one of `soup.data.formats.FORMATS`.
     `shape`: what the task needs, one of `soup.data.shapes.SHAPES`.
@@ -29,6 +31,7 @@ class Settings:
     `max_length`: tokens. `on_bad_row`: refuse, skip. `on_too_long`: truncate, skip, refuse.
     `max_samples`: usable rows to take from the start of `train`; None takes all.
     `num_proc`: threads that tokenise; it changes nothing in the result.
+    `streaming`: the rows to train on are read again in each epoch, in an order drawn by `split_seed`.
     `numbers`: columns of the training rows that hold a number each, and are kept beside the tokens.
     `cache`: the folder under which `tokenised/<fingerprint>/` lies.
 
@@ -37,6 +40,7 @@ class Settings:
 
     train: str | Sequence[str]
     eval: str | Sequence[str] | None
+    weights: Sequence[float] | None = None
     eval_fraction: float
     split_seed: int
     format: str
@@ -48,6 +52,7 @@ class Settings:
     on_too_long: str
     max_samples: int | None
     num_proc: int
+    streaming: bool = False
     cache: Path
     numbers: tuple[str, ...] = ()
 
@@ -91,16 +96,56 @@ class Settings:
                 problems.append(
                     Problem(key=key, value=number, why="must be at least 1", fix=f"{key}=1 or more")
                 )
+        if self.weights is not None and not self._weighed():
+            problems.append(
+                Problem(
+                    key="data.weights",
+                    value=list(self.weights),
+                    why=f"needs one positive number for each of several sources, and data.train names "
+                    f"{len(source_names(self.train))}",
+                    fix="data.weights=null, or as many as data.train",
+                )
+            )
         if problems:
             raise Refused(problems)
+
+    def _weighed(self) -> bool:
+        names = source_names(self.train)
+        return len(names) == len(self.weights) > 1 and all(0 < one < math.inf for one in self.weights)
+
+    @cached_property
+    def sources(self) -> dict[str, list[list[Path]]]:
+        """Split name to the files of each of its sources, in order. What is wrong with either is said together."""
+        named: dict[str, list[list[Path]]] = {}
+        problems: list[Problem] = []
+        for split, value in (("train", self.train), ("eval", self.eval)):
+            try:
+                if value is not None:
+                    named[split] = resolve_sources(value, key=f"data.{split}")
+            except Refused as refused:
+                problems += refused.problems
+        if problems:
+            raise Refused(problems)
+        return named
+
+    def names(self, split: str) -> list[str]:
+        """What the sources of a split are called."""
+        return source_names(self.train if split == "train" else self.eval)
+
+    def shares(self, split: str) -> list[float] | None:
+        """What each source gives of the rows; None where all rows are taken, one source after the other."""
+        if split != "train" or self.weights is None:
+            return None
+        return [weight / sum(self.weights) for weight in self.weights]
+
+    def streams(self, split: str) -> bool:
+        """Whether the split is read while training."""
+        return self.streaming and split == "train"
 
     @cached_property
     def files(self) -> dict[str, list[Path]]:
         """Split name to files, in order."""
-        named = {"train": resolve_files(self.train)}
-        if self.eval is not None:
-            named["eval"] = resolve_files(self.eval, key="data.eval")
-        return named
+        return {split: [file for one in sources for file in one] for split, sources in self.sources.items()}
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -122,26 +167,29 @@ class Settings:
             self.shape,
             self.on_bad_row,
             self.max_samples,
+            None if self.weights is None else list(self.weights),
+            self.streaming,
             self.numbers,
             importlib.metadata.version("tokenizers"),
         ]
         digest.update(json.dumps(settings).encode())
-        for split, files in self.files.items():
-            for file in files:
-                digest.update(f"{split}{''.join(file.suffixes)}".encode())
-                digest.update(_digest(file))
+        for split, sources in self.sources.items():
+            for number, files in enumerate(sources):
+                for file in files:
+                    digest.update(f"{split}{number}{''.join(file.suffixes)}".encode())
+                    digest.update(_digest(file))
         for source in sorted(Path(__file__).parent.glob("*.py")):
             digest.update(_digest(source))
         return digest.hexdigest()[:32]
 
-    def check_accepted(self, format: str, split: str) -> None:
+    def check_accepted(self, format: str, split: str, files: Sequence[Path]) -> None:
         """Raises Refused where `format`, seen in the rows or given, cannot make rows of `shape`."""
         if format not in ACCEPTS[self.shape]:
             seen = self.format == "auto"
             raise Refused(
                 Problem(
                     key=f"data.{split}" if seen else "data.format",
-                    value=", ".join(map(str, self.files[split][:3])) if seen else format,
+                    value=", ".join(map(str, files[:3])) if seen else format,
                     why=f"the data are of format {format}; the task needs {self.shape} rows",
                     fix=convert(self.shape),
                 )

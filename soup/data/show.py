@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from soup.data.arrow import first
 from soup.data.encode import MASKED, Encoder
 from soup.data.prepare import Prepared
 from soup.data.report import Report
@@ -33,14 +32,14 @@ def show(prepared: Prepared, encoder: Encoder, rows: int, console: Console) -> N
             else Text("⟦learnt⟧")
         )
         console.print(legend)
-    for number, row in enumerate(first(prepared.open(), rows), 1):
+    for number, row in enumerate(prepared.first(rows), 1):
         console.rule(Text(f"{prepared.split} {number} of {prepared.report.rows}"), align="left")
         if "input_ids" in row:
             console.print(_tokens(row["input_ids"], row["labels"], encoder, coloured), soft_wrap=True)
             _others(row, ("input_ids", "labels"), console)
         else:
             _sides(row, console)
-    console.print(_counts(prepared.report, prepared.split))
+    console.print(_counts(prepared.report, prepared.split, prepared.stream is not None))
     for bad in prepared.report.bad:
         console.print(Text(f"  {place(bad['source'], bad['line'])}: {bad['why']}"))
     if prepared.report.lengths["histogram"]["counts"]:
@@ -92,18 +91,34 @@ def _side(side: str | list[dict[str, str]]) -> Text:
     return Text(text if len(text) <= _LIMIT else text[:_LIMIT] + " ...")
 
 
-def _counts(report: Report, split: str) -> Table:
+def _counts(report: Report, split: str, stream: bool) -> Table:
     lengths = report.lengths
     table = Table(
         title=Text(
             f"{split}: {report.rows} rows, format {report.format}"
-            + (", estimated from the first rows" if report.sampled else "")
+            + (
+                ", the first of a stream"
+                if stream
+                else ", estimated from the first rows"
+                if report.sampled
+                else ""
+            )
         ),
         title_justify="left",
         show_header=False,
         box=None,
     )
     for name, value in (
+        *(
+            (
+                f"of {source['name']}",
+                f"{source['rows']}"
+                + ("" if stream else f" of {source['read']}")
+                + f" rows, format {source['format']}",
+            )
+            for source in report.sources
+            if len(report.sources) > 1
+        ),
         (
             "tokens",
             f"{lengths['sum']}, {lengths['sum_labels']} of them learnt"

@@ -96,7 +96,7 @@ def _measured(built: Any) -> tuple[bool, str]:
     """Whether the base model's loss, on rows from the easiest to the hardest, is what they are sorted by."""
     import torch
 
-    from soup.effects.task import COARSE, _tolerance, undisturbed
+    from soup.effects.undisturbed import COARSE, tolerance, undisturbed
 
     kind = built.config.training.curriculum_metric
     if kind != "loss":
@@ -112,7 +112,7 @@ def _measured(built: Any) -> tuple[bool, str]:
             for loss in (_loss(built, rows(number)),)
         ]
     # The loss was measured in the weights' own precision, and this is in 32 bits.
-    allowed = _tolerance(built) if built.precision.weights is torch.float32 else COARSE
+    allowed = tolerance(built) if built.precision.weights is torch.float32 else COARSE
     right = len(held) == built.prepared["train"].report.rows and max(gaps) <= allowed
     return (
         right,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from soup.effects import Effect, same
+from soup.effects.sources import epoch, held, is_stream, streamed_rows
 
 PROMPTS = 1000  # that are tokenised to see how long they are
 READ_BYTES = 2**25  # of data files, up to which their rows are counted once more
@@ -14,46 +15,29 @@ READ_BYTES = 2**25  # of data files, up to which their rows are counted once mor
 
 def rows(built: Any) -> Iterator[Effect]:
     """Rows of the trainer's datasets against those that were prepared."""
-    import pyarrow as pa
-
     data = built.config.tree["data"]
     trainer = built.trainer
     prepared = built.prepared["train"]
     report = prepared.report
-
-    def intact(dataset: Any, entry: Any, ordered: bool = True) -> bool:
-        """Of the columns that the trainer kept; a reward model's have prompt and answer in one."""
-        with pa.memory_map(str(entry.open())) as file:
-            table = pa.ipc.open_stream(file).read_all()
-        if built.config.training.by_difficulty and "difficulty" in table.column_names:
-            table = table.drop_columns("difficulty")  # read for the order of rows alone
-        whole = built.config.task.head == "score"
-        if "seq_lengths" in dataset.column_names:
-            return _same_documents(built, dataset, table)
-        if "input_ids" in table.column_names:
-            return dataset._indices is None and dataset.data.table.equals(table)
-        names = [n for n in table.column_names if n in dataset.column_names]
-        names = [n for n in names if not (whole and n.endswith("_ids"))]
-        held = dataset.with_format("arrow")[:].select(names)
-        table = table.select(names).cast(held.schema)
-        if ordered:
-            return bool(names) and held.equals(table)
-        return bool(names) and Counter(map(repr, held.to_pylist())) == Counter(map(repr, table.to_pylist()))
-
-    ok = intact(trainer.train_dataset, prepared, trainer.args.train_sampling_strategy != "sequential")
-    how = f"the trainer holds {len(trainer.train_dataset)} rows, {report.rows} were prepared"
-    yield Effect("data.train", data["train"], f"{len(trainer.train_dataset)} rows", ok, how)
+    streaming = is_stream(trainer.train_dataset)
+    if streaming:
+        trained = 0
+        yield from streamed_rows(built)
+    else:
+        trained = len(trainer.train_dataset)
+        ok = intact(built, trainer.train_dataset, prepared)
+        how = f"the trainer holds {trained} rows, {report.rows} were prepared"
+        yield Effect("data.train", data["train"], f"{trained} rows", ok, how)
     held_out = trainer.eval_dataset
     wanted = "eval" in built.prepared
-    ok = (held_out is not None) == wanted and (not wanted or intact(held_out, built.prepared["eval"]))
+    ok = (held_out is not None) == wanted and (not wanted or intact(built, held_out, built.prepared["eval"]))
     count = 0 if held_out is None else len(held_out)
     yield Effect("data.eval", data["eval"], f"{count} rows", ok, "rows of the trainer's eval_dataset")
-    there = len(trainer.train_dataset)
-    if (
-        "seq_lengths" in trainer.train_dataset.column_names
-    ):  # packed, each prepared row once, as was seen above
+    there = trained
+    if not streaming and "seq_lengths" in trainer.train_dataset.column_names:
+        # packed, each prepared row once, as was seen above
         there, count = report.rows, count and built.prepared["eval"].report.rows
-    share = count / (count + there)
+    share = count / (count + there) if there else 0.0
     asked = data["eval_fraction"]
     near = asked == 0 or abs(share - asked) <= max(0.1 * asked, 2 / (count + there))
     yield Effect("data.eval_fraction", asked, round(share, 4), near, f"{count} rows are held out")
@@ -64,18 +48,55 @@ def rows(built: Any) -> Iterator[Effect]:
         data["on_bad_row"],
         f"{report.bad_total} bad rows",
         data["on_bad_row"] == "skip" or not report.bad_total,
-        "counted while reading",
+        "counted in the first rows; the stream is read under the same rule"
+        if streaming
+        else "counted while reading",
     )
-    streaming = type(trainer.train_dataset).__name__ == "IterableDataset"
-    yield same("data.streaming", data["streaming"], streaming, type(trainer.train_dataset).__name__)
+    stored = prepared.open().exists()
+    kind, kept = type(trainer.train_dataset).__name__, "has" if stored else "has none of"
+    how = f"the trainer has {kind}; the cache {kept} its rows"
+    asked = data["streaming"]
+    ok = asked == streaming != stored
+    yield Effect("data.streaming", asked, asked if ok else not asked, ok, how)
+
+
+def intact(built: Any, dataset: Any, entry: Any) -> bool:
+    """Whether a data set of the trainer's holds what was prepared, of the columns that it kept; a reward model's have
+    prompt and answer in one, and KTO's training rows an order of their own."""
+    import pyarrow as pa
+
+    if not entry.open().exists():
+        return False
+    with pa.memory_map(str(entry.open())) as file:
+        table = pa.ipc.open_stream(file).read_all()
+    if built.config.training.by_difficulty and "difficulty" in table.column_names:
+        table = table.drop_columns("difficulty")  # read for the order of rows alone
+    trainer = built.trainer
+    whole = built.config.task.head == "score"
+    ordered = entry.split != "train" or trainer.args.train_sampling_strategy != "sequential"
+    if "seq_lengths" in dataset.column_names:
+        return _same_documents(built, dataset, table)
+    if "input_ids" in table.column_names:
+        return dataset._indices is None and dataset.data.table.equals(table)
+    names = [n for n in table.column_names if n in dataset.column_names]
+    names = [n for n in names if not (whole and n.endswith("_ids"))]
+    held = dataset.with_format("arrow")[:].select(names)
+    table = table.select(names).cast(held.schema)
+    if ordered:
+        return bool(names) and held.equals(table)
+    return bool(names) and Counter(map(repr, held.to_pylist())) == Counter(map(repr, table.to_pylist()))
 
 
 def samples(built: Any) -> Iterator[Effect]:
     """Rows that were prepared, against those that the files named by the configuration hold."""
-    from soup.data.build import count
+    from soup.data.mix import mixed
     from soup.data.settings import Settings
+    from soup.data.sources import count
     from soup.inputs import data_arguments
 
+    if is_stream(built.trainer.train_dataset):
+        yield epoch(built)
+        return
     settings = Settings(**data_arguments(built.config, built.model_folder))
     size = sum(file.stat().st_size for file in settings.files["train"])
     reports = [built.prepared["train"].report]
@@ -87,12 +108,18 @@ def samples(built: Any) -> Iterator[Effect]:
         how = f"rows prepared; the files of {size // 2**20} MiB were not counted again"
         yield Effect("data.max_samples", limit, kept, ok, how)
         return
-    examples, tally = count(settings, "train")
-    report = reports[0]
-    lost = report.bad_total - tally.bad_total + report.skipped + report.dropped_nothing_left
-    whole = examples - lost
-    ok = kept == whole if limit is None else kept == min(limit, whole) or (kept == limit < examples)
-    how = f"{kept} rows were prepared; the files hold {examples}, of which {max(lost, 0)} were left out"
+
+    def taken(rows_S: Sequence[int]) -> int:
+        """Rows of a mix of sources that have so many."""
+        return sum(1 for _ in mixed([iter(range(rows)) for rows in rows_S], settings.shares("train")))
+
+    example_S, tally_S = zip(*count(settings, "train"), strict=True)
+    lost_S = [
+        source["lost"] - tally.bad_total for source, tally in zip(reports[0].sources, tally_S, strict=True)
+    ]
+    whole = taken([examples - lost for examples, lost in zip(example_S, lost_S, strict=True)])
+    ok = kept == whole if limit is None else kept == min(limit, whole) or (kept == limit < taken(example_S))
+    how = f"{kept} rows were prepared; the files hold {sum(example_S)}, of which {max(sum(lost_S), 0)} were left out"
     yield Effect("data.max_samples", limit, None if kept == whole and limit is None else kept, ok, how)
 
 
@@ -100,7 +127,7 @@ def sequence_length(built: Any) -> Iterator[Effect]:
     """The longest row that the trainer holds."""
     data = built.config.data
     report = built.prepared["train"].report
-    rows = built.trainer.train_dataset
+    rows = held(built)
     if built.config.task.shape == "prompt":
         from soup.model.load import prompt_ids
 
@@ -116,7 +143,7 @@ def sequence_length(built: Any) -> Iterator[Effect]:
             int(mask.sum(-1).max()) for name, mask in batch.items() if name.endswith("attention_mask")
         )
         how = "the longest rows the trainer holds, as its collator gives them"
-    how += f"; {report.truncated} rows were truncated"
+    how += f"; {report.truncated} rows were truncated" + (" of the first" if report.sampled else "")
     yield Effect("data.max_length", data.max_length, longest, longest <= data.max_length, how)
     lost = f"{report.truncated} truncated, {report.skipped + report.dropped_nothing_left} left out"
     did = {
@@ -142,7 +169,7 @@ def label_mask(built: Any) -> Iterator[Effect]:
     It stands for `data.format`: the format decides what is learnt.
     """
     trainer = built.trainer
-    rows = trainer.train_dataset
+    rows = held(built)
     if "seq_lengths" in rows.column_names:
         yield _packed_labels(built)
         return
@@ -173,10 +200,10 @@ def label_mask(built: Any) -> Iterator[Effect]:
 def packing(built: Any) -> Iterator[Effect]:
     """Whether documents share rows and do not see one another: a token of one is changed, and the logits looked at."""
     from soup.effects.moe import every_expert
-    from soup.effects.task import undisturbed
+    from soup.effects.undisturbed import undisturbed
 
     asked = built.config.training.packing
-    rows = built.trainer.train_dataset
+    rows = held(built)
     key = "training.packing"
     if "seq_lengths" not in rows.column_names:
         yield same(
@@ -192,7 +219,7 @@ def packing(built: Any) -> Iterator[Effect]:
     first = example["seq_lengths"][0]
     changed = {**example, "input_ids": [*example["input_ids"]]}
     changed["input_ids"][0] = example["input_ids"][0] ^ 1  # another token of the vocabulary
-    with undisturbed(built), every_expert(built.model):
+    with undisturbed(built), every_expert(built):
         logits = []
         for one in (example, changed):
             batch = built.trainer._prepare_inputs(built.trainer.data_collator([dict(one)]))

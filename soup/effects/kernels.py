@@ -77,7 +77,9 @@ def _attention_calls(built: Any, model: Any) -> Counter[str]:
     device = next(model.parameters()).device
     ids_1T = torch.arange(8, device=device)[None]
     before = sys.getprofile()
-    with as_it_was(model), torch.no_grad(), built.trainer.compute_loss_context_manager():
+    trainer = built.trainer
+    autocast = trainer.accelerator.autocast()  # as accelerate wraps the model when training begins
+    with as_it_was(model), torch.no_grad(), trainer.compute_loss_context_manager(), autocast:
         model.eval()
         sys.setprofile(watch)
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from soup.effects import Effect, as_it_was, same
 from soup.effects.optimizer import max_steps
+from soup.effects.sources import first_batch, in_order, is_stream
 
 
 def length(built: Any) -> Iterator[Effect]:
@@ -17,6 +18,12 @@ def length(built: Any) -> Iterator[Effect]:
     training = built.config.training
     trainer = built.trainer
     steps = max_steps(trainer)
+    if is_stream(trainer.train_dataset):
+        yield same("training.max_steps", training.max_steps, steps, "steps of the schedule")
+        yield Effect(
+            "training.epochs", training.epochs, None, True, "training.max_steps wins; a stream has no length"
+        )
+        return
     task, width = built.config.task, training.batch_size * built.config.distributed.world
     sequences = len(trainer.train_dataset) * task.samples
     per_epoch = max(1, math.ceil(math.ceil(sequences / width) / training.gradient_accumulation_steps))
@@ -36,10 +43,15 @@ def batch(built: Any) -> Iterator[Effect]:
     """Rows of the batches that the training data loader will give, and micro-steps between optimizer steps."""
     trainer = built.trainer
     training = built.config.training
-    first = next(iter(_batches(built)))
-    steps = training.gradient_accumulation_steps if built.config.task.generates else 1
-    rows = len(first) // steps  # where answers are generated, the loader gives all prompts of a step at once
-    wanted = min(training.batch_size, len(trainer.train_dataset) * built.config.task.samples)
+    if is_stream(trainer.train_dataset):
+        rows, wanted = len(first_batch(built)), training.batch_size
+    else:
+        first = next(iter(_batches(built)))
+        steps = training.gradient_accumulation_steps if built.config.task.generates else 1
+        rows = (
+            len(first) // steps
+        )  # where answers are generated, the loader gives all prompts of a step at once
+        wanted = min(training.batch_size, len(trainer.train_dataset) * built.config.task.samples)
     key = "training.batch_size"
     yield Effect(key, training.batch_size, rows, rows == wanted, "rows of the loader's first batch")
     accelerator = trainer.accelerator.gradient_accumulation_steps
@@ -121,6 +133,12 @@ def data_order(built: Any) -> Iterator[Effect]:
     from soup.effects.curriculum import buckets
 
     training = built.config.training
+    requested = built.config.tree["training"]["data_seed"]
+    if is_stream(built.trainer.train_dataset):
+        ok, count = in_order(built)
+        how = f"the stream's first {count} rows, and the loader's first batch, are what `datasets` draws by the seed"
+        yield Effect("training.data_seed", requested, training.data_seed if ok else "another order", ok, how)
+        return
     drawn = list(itertools.islice(itertools.chain.from_iterable(_batches(built)), 32))
     if built.config.task.samples > 1:
         drawn = list(dict.fromkeys(drawn))
@@ -136,16 +154,13 @@ def data_order(built: Any) -> Iterator[Effect]:
     else:
         expected = torch.randperm(rows, generator=generator).tolist()[: len(drawn)]
     if built.trainer.args.train_sampling_strategy == "sequential":
-        from soup.data.arrow import first
-
-        prepared = first(built.prepared["train"].open(), rows)
+        prepared = built.prepared["train"].first(rows)
         held = built.trainer.train_dataset.select_columns(list(prepared[0]))
         drawn = [
             there if held[here] == prepared[there] else -1
             for here, there in zip(drawn, expected, strict=True)
         ]
     how = f"the sampler draws rows {drawn[:6]} first"
-    requested = built.config.tree["training"]["data_seed"]
     effective = training.data_seed if drawn == expected else f"another order, {drawn[:6]}"
     yield Effect("training.data_seed", requested, effective, drawn == expected, how)
 

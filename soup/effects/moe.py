@@ -108,14 +108,16 @@ def unbalanced(trainer: Any) -> Iterator[None]:
 
 
 @contextmanager
-def every_expert(model: Any) -> Iterator[None]:
-    """Each token passes all experts. Which few it passes otherwise hangs on rounding, which padding changes, so that
-    the losses of one row alone and in a batch would differ by more than rounding.
+def every_expert(built: Any) -> Iterator[None]:
+    """Each token passes all experts, of policy and reference. Which few it passes otherwise hangs on rounding, which
+    padding changes, so that the losses of one row alone and in a batch would differ by more than rounding.
     """
-    number = count(model)
-    kept = [(router, router.top_k) for router in routers(model).values() if hasattr(router, "top_k")]
+    models = [one for one in (built.model, getattr(built.trainer, "ref_model", None)) if one is not None]
+    number = count(built.model)
+    found = [router for one in models for router in routers(one).values() if hasattr(router, "top_k")]
+    kept = [(router, router.top_k) for router in found]
     try:
-        for router, _ in kept:
+        for router in found:
             router.top_k = number
         yield
     finally:
@@ -228,7 +230,8 @@ def _coefficients(built: Any) -> list[Any]:
 
 def _added(built: Any) -> tuple[float, float, float]:
     """What the balancing loss adds to the trainer's loss of its first rows, its formula's value, and rounding."""
-    from soup.effects.task import first_batch, undisturbed
+    from soup.effects.task import first_batch
+    from soup.effects.undisturbed import undisturbed
 
     trainer, model = built.trainer, built.model
     with undisturbed(built):

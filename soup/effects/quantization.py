@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -158,4 +159,4 @@ def tensors(folder: Any) -> Iterator[tuple[str, Any]]:
 
 def plain(name: str) -> str:
     """A parameter's name in the model's own file: without PEFT's wrappers."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return re.sub(r"\.base_layer(?=\.)", "", name.removeprefix("base_model.model."))

@@ -12,7 +12,6 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soup.effects import Effect, as_it_was, losses, same
+from soup.effects import Effect, losses, same
 from soup.effects.losses import Row
-from soup.effects.model import WHOLE_BYTES
 from soup.effects.moe import every_expert, unbalanced
 from soup.effects.quantization import tensors
+from soup.effects.sources import held
+from soup.effects.undisturbed import tolerance, undisturbed
 from soup.model.load import prompt_ids
-from soup.train.forward import as_prepared
 
 ROWS = 3
 ADVANTAGES = torch.tensor([1.0, -0.5])  # of the two answers that GRPO's loss is computed on
 MOVES = (1e-3, 1e-2, 1e-1, 1.0)  # of the parameter: the first that moves a row's log-probability far enough
 MOVED = 2.0  # nats
-TOLERANCE = 1e-4  # relative, or of 1 for small losses
-COARSE = 5e-2  # quantized weights, and those of 16 bits in a large model
 SIDES = {  # of columns with token ids, and what a row's sides are called
     "chosen_ids": "chosen",
     "rejected_ids": "rejected",
@@ -47,7 +44,6 @@ TABLE = {  # of columns with the reference's log-probabilities, summed, and the 
     "ref_KL_logps": "mismatched",
 }
 ROUNDING = 0.05  # nats a token, of a table that is made with products of 16 bits
-KEPT = ("_metrics", "_stored_metrics", "_total_train_tokens", "_buffered_inputs", "_step")
 
 
 def loss(built: Any) -> Iterator[Effect]:
@@ -63,8 +59,8 @@ def _loss(built: Any) -> Iterator[Effect]:
     """The trainer's loss on the first rows against the paper's, and for each knob that another value would show."""
     trainer, model = built.trainer, built.model
     formula = getattr(losses, built.config.tree["task"]["name"])
-    with undisturbed(built), unbalanced(trainer), every_expert(model):
-        examples = _examples(trainer.train_dataset)
+    with undisturbed(built), unbalanced(trainer), every_expert(built):
+        examples = _examples(held(built))
         batch = _collated(trainer, examples)
 
         def measured() -> list[Row]:
@@ -95,7 +91,7 @@ def first_batch(built: Any) -> dict[str, Any]:
         prompt, answers = _made_up(built)
         frozen = [torch.zeros(len(answer)) for answer in answers]
         return _group(built, prompt, answers, frozen)
-    return dict(_collated(built.trainer, _examples(built.trainer.train_dataset)))
+    return dict(_collated(built.trainer, _examples(held(built))))
 
 
 def _collated(trainer: Any, examples: Sequence[Mapping[str, Any]]) -> Any:
@@ -107,7 +103,7 @@ def group_loss(built: Any) -> Iterator[Effect]:
     trainer, model = built.trainer, built.model
     tree = built.config.tree["task"]
     prompt, answers = _made_up(built)
-    with undisturbed(built), unbalanced(trainer), every_expert(model):
+    with undisturbed(built), unbalanced(trainer), every_expert(built):
 
         def measured() -> list[Row]:
             heat = tree["temperature"]
@@ -159,13 +155,14 @@ def reference(built: Any) -> Iterator[Effect]:
     """Where the reference's log-probabilities come from: adapters off, a frozen copy, or a table made before."""
     trainer = built.trainer
     asked = built.config.task.precompute_ref
-    columns = [name for name in trainer.train_dataset.column_names if name.startswith("ref_")]
+    rows = held(built)
+    columns = [name for name in rows.column_names if name.startswith("ref_")]
     copy = trainer.ref_model
     how = "the model with its adapters off"
     ok = True
     if columns:
         with undisturbed(built):
-            example = trainer.train_dataset[0]
+            example = rows[0]
             row = _row(built, example)
         rounds = built.precision.autocast is not None
         gaps, fits = [], []
@@ -174,7 +171,7 @@ def reference(built: Any) -> Iterator[Effect]:
                 logps_T = row.answers[side]
                 gaps.append(abs(example[column] - float(logps_T.sum())))
                 rounding = ROUNDING * math.sqrt(len(logps_T)) if rounds else 0.0
-                fits.append(gaps[-1] <= rounding + _tolerance(built) * max(1.0, abs(example[column])))
+                fits.append(gaps[-1] <= rounding + tolerance(built) * max(1.0, abs(example[column])))
         ok = copy is None and bool(fits) and all(fits)
         how = f"columns {', '.join(columns)}; the first row's are right to {max(gaps):.1e} nats"
     elif copy is not None:
@@ -246,7 +243,7 @@ def _compared(built: Any, live: float, formula: Any, signature: Any) -> Iterator
     named = [p.name for p in inspect.signature(signature).parameters.values() if p.kind is p.KEYWORD_ONLY]
     knobs = {name: tree[name] for name in named if name in tree}
     expected = formula(**knobs)
-    allowed = _tolerance(built) * max(1.0, abs(expected))
+    allowed = tolerance(built) * max(1.0, abs(expected))
     ok = abs(live - expected) <= allowed
     told = f"the trainer's loss is {live:.6f}, the paper's {expected:.6f}"
     yield Effect("task.name", tree["name"], tree["name"] if ok else "another loss", ok, told)
@@ -257,11 +254,6 @@ def _compared(built: Any, live: float, formula: Any, signature: Any) -> Iterator
             shows = abs(other - expected) > 3 * allowed
         how = told + (f"; with another {name} it would be {other:.6f}" if shows else "")
         yield Effect(f"task.{name}", value, value if ok else "unknown", ok, how)
-
-
-def _tolerance(built: Any) -> float:
-    coarse = built.config.model.stored != "none" or _too_large(built)
-    return COARSE if coarse else TOLERANCE
 
 
 def _examples(rows: Any) -> list[Mapping[str, Any]]:
@@ -315,57 +307,6 @@ def _score(built: Any, ids: Sequence[int]) -> Tensor:
     ids_1T = torch.tensor([list(ids)], device=built.trainer.args.device)
     with torch.no_grad():
         return built.model(input_ids=ids_1T).logits[0, 0].double().cpu()
-
-
-@contextmanager
-def _in_float32(built: Any) -> Iterator[None]:
-    """Policy and reference with weights and products of 32 bits, so that no difference drowns in rounding.
-
-    Where that would take too much memory, the forward pass is that of training.
-    """
-    model, reference = built.model, getattr(built.trainer, "ref_model", None)
-    if _too_large(built):
-        with as_prepared(model, built.trainer.accelerator):
-            yield
-        return
-    models = [one for one in (model, reference) if one is not None]
-    kept = [(p, p.data) for one in models for p in one.parameters() if p.is_floating_point()]
-    quantized = [m for one in models for m in one.modules() if hasattr(m, "compute_dtype")]
-    dtypes = [m.compute_dtype for m in quantized]
-    autocast = vars(reference).get("forward") if hasattr(reference, "_original_forward") else None
-    for parameter, data in kept:
-        parameter.data = data.float()
-    for module in quantized:
-        module.compute_dtype = torch.float32
-    if autocast is not None:
-        reference.forward = reference._original_forward
-    try:
-        yield
-    finally:
-        for parameter, data in kept:
-            parameter.data = data
-        for module, dtype in zip(quantized, dtypes, strict=True):
-            module.compute_dtype = dtype
-        if autocast is not None:
-            reference.forward = autocast
-
-
-def _too_large(built: Any) -> bool:
-    return sum(p.numel() for p in built.model.parameters() if p.is_floating_point()) * 4 > WHOLE_BYTES
-
-
-@contextmanager
-def undisturbed(built: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards random state, modes and the trainer's sums are as they were."""
-    trainer, model = built.trainer, built.model
-    kept = {name: deepcopy(getattr(trainer, name)) for name in KEPT if name in vars(trainer)}
-    try:
-        with as_it_was(model), torch.no_grad(), _in_float32(built):
-            model.eval()
-            yield
-    finally:
-        for name, value in kept.items():
-            setattr(trainer, name, value)
 
 
 @contextmanager

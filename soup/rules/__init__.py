@@ -2,8 +2,8 @@
 
 A rule holds when every condition of its `when` does. Three kinds of facts are looked at: every leaf of the
 configuration by its full key, each group's chosen function by the group's name, and `device` (cpu or cuda: what
-the run will train on), `model.moe` and `model.balanced` (from the model's config.json), and three that no key holds:
-`task.whole_groups`, `task.weighed` and `lora.names_experts`. A fact that is not known matches nothing.
+the run will train on), `model.moe` and `model.balanced` (from the model's config.json), and those that no key holds:
+`task.whole_groups`, `task.weighed`, `data.weighed` and `lora.names_experts`. A fact that is not known matches nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from soup.data.files import source_names
 from soup.errors import Problem
 from soup.rules.moe import is_balanced, is_moe, names_experts
 from soup.rules.rule import Rule
@@ -34,6 +35,9 @@ def facts(config: Config, *, device: str, model_config: Mapping[str, Any] | None
     found["task.whole_groups"] = rows % config.task.samples == 0
     weights = config.task.args.get("reward_weights")
     found["task.weighed"] = weights is None or len(weights) == len(config.tree["task"]["rewards"])
+    given = config.data.weights
+    names = [] if config.data.train is None else source_names(config.data.train)
+    found["data.weighed"] = given is None or len(given) == len(names) > 1
     found["lora.names_experts"] = names_experts(config.tree["lora"].get("target_modules"))
     if model_config is not None:
         found["model.moe"] = is_moe(model_config)

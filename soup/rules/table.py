@@ -501,6 +501,49 @@ RULES: tuple[Rule, ...] = (
         fix="training.max_steps=1000, or data.streaming=false",
     ),
     Rule(
+        key="data.streaming",
+        when={"data.streaming": True, "task": "grpo"},
+        why="what rewards compare with is checked in all rows before a model is loaded",
+        fix="data.streaming=false",
+    ),
+    Rule(
+        key="data.streaming",
+        when={"data.streaming": True, "task": "ppo"},
+        why="PPO pads with a token that stands in no prompt, so all prompts are read before training",
+        fix="data.streaming=false",
+    ),
+    Rule(
+        key="data.streaming",
+        when={"data.streaming": True, "distributed": Not("none")},
+        why="every process would read and tokenise the whole stream, to train on a part of it",
+        fix="distributed=none, or data.streaming=false",
+    ),
+    Rule(
+        key="data.streaming",
+        when={"data.streaming": True, "training.packing": True},
+        why="best-fit packing sorts all rows by length before training",
+        fix="data.streaming=false, or training.packing=false",
+        source="arXiv:2404.10830",
+    ),
+    Rule(
+        key="data.streaming",
+        when={"data.streaming": True, "task.precompute_ref": True},
+        why="the table of the reference's log-probabilities is made of all rows before training",
+        fix="data.streaming=false, or task.precompute_ref=false",
+    ),
+    Rule(
+        key="data.eval_fraction",
+        when={"data.streaming": True, "data.eval_fraction": Above(0)},
+        why="rows are drawn to be held out once all are read",
+        fix="data.eval=FILE data.eval_fraction=0.0, or data.streaming=false",
+    ),
+    Rule(
+        key="data.weights",
+        when={"data.weighed": False},
+        why="needs one number for each of several sources of data.train",
+        fix="data.weights=null, or as many as data.train=[a.jsonl,b.jsonl]",
+    ),
+    Rule(
         key="data.eval_fraction",
         when={"data.eval": Not(None), "data.eval_fraction": Above(0)},
         why="data.eval names the held-out rows already",
@@ -585,7 +628,7 @@ RULES: tuple[Rule, ...] = (
     # Composes and plans; the training part is not built yet
     _pending("distributed", Not("none")),
     _pending("longctx.use_ring_attention", True),
-    _pending("data.streaming", True),
+    _pending("data.streaming", True, {"backend": "unsloth"}),
     _pending("tracking.mlflow", Not(None)),
     _pending("tracking.trackio", Not(None)),
 )

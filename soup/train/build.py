@@ -25,6 +25,7 @@ from soup.model.rope import differing
 from soup.rope import Scaling, scaling
 from soup.rules.moe import is_balanced
 from soup.schema import Config, merge_arguments
+from soup.train import streaming
 from soup.train.base_loss import base_loss
 from soup.train.curriculum import Curriculum, difficulty, split, tokens
 from soup.train.neftune import add_noise
@@ -212,6 +213,9 @@ def _arguments(
         "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
         "eval_strategy": "steps" if "eval" in prepared else "no",
         "per_device_eval_batch_size": math.lcm(config.training.batch_size, config.task.samples),
+        "accelerator_config": {
+            "dispatch_batches": False
+        },  # of a stream, which TRL's ORPO and CPO leave to accelerate
         "report_to": "none",
         "disable_tqdm": True,
     }
@@ -257,6 +261,8 @@ def _metric(config: Config, prepared: Prepared, *where: Any) -> Any:
 def _dataset(prepared: Prepared, config: Config) -> Any:
     from datasets import Dataset
 
+    if prepared.stream is not None:
+        return streaming.dataset(prepared)
     dataset = Dataset.from_file(str(prepared.open()))
     beside = {"difficulty"} if config.training.by_difficulty else set()
     return dataset.remove_columns(sorted(beside & set(dataset.column_names)))

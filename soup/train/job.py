@@ -150,11 +150,16 @@ def _details(trainer: Any, run: Run) -> dict[str, Any]:
     back = len(rollbacks(run))
     return {
         **last,
-        "step": trainer.state.global_step or last.get("step", 0),  # 0: stopped before its first step
+        "step": trainer.state.global_step or _saved(run),  # 0: stopped before its first step
         "steps": trainer.state.max_steps,
         "peak_memory_bytes": peak_memory_bytes(),
         **({"rollbacks": back} if back else {}),
     }
+
+
+def _saved(run: Run) -> int:
+    last = run.last_checkpoint()
+    return 0 if last is None else int(last.name.rpartition("-")[2])
 
 
 def prove(run: Run) -> list[effects.Effect]:

@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from soup.errors import RecordError
 from soup.record import write_json
 from soup.train.optimizers import galore, muon
+from soup.train.streaming import streams
 
 KEPT = 2  # checkpoints; one more than the newest, should that be unreadable
 STATE = "soup_state.json"
@@ -47,6 +48,11 @@ class Resumable:
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return self.curriculum or super()._get_train_sampler(*args, **kwargs)
+
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        """A stream is one epoch without end: of sys.maxsize of them, a resume at the last step would begin another."""
+        epochs, *rest = super().set_initial_training_values(*args, **kwargs)
+        return (1 if streams(self.train_dataset) else epochs, *rest)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._partial) if self._partial is not None else super()._get_output_dir(trial)

@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from datasets import Dataset
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from soup.train.forward import as_prepared
+from soup.train.streaming import streams
 
 MASKED = -100
 
@@ -38,7 +40,7 @@ class KTO(_Table, KTOTrainer):
     section 4.1). So the rows are shuffled here, once, by the data seed."""
 
     def _prepare_dataset(self, dataset: Any, _: Any, args: Any, dataset_name: str) -> Any:
-        if dataset_name == "train":
+        if dataset_name == "train" and not streams(dataset):  # a stream is shuffled as it is read
             generator = torch.Generator().manual_seed(args.data_seed)
             dataset = dataset.select(torch.randperm(len(dataset), generator=generator).tolist())
         return dataset.map(
@@ -75,10 +77,17 @@ class Reward(RewardTrainer):
 
 
 class _Rows:
-    """What ORPO's and CPO's collator takes: prompt and answer in one sequence, the prompt masked."""
+    """What ORPO's and CPO's collator takes: prompt and answer in one sequence, the prompt masked.
+
+    TRL 1.12 builds both of a data set that has rows by number only, so a stream takes the place of its first row.
+    """
 
     def __init__(self, *, train_dataset: Any, eval_dataset: Any = None, **rest: Any):
-        super().__init__(train_dataset=_tokens(train_dataset), eval_dataset=_tokens(eval_dataset), **rest)
+        rows = _tokens(train_dataset)
+        stands_in = Dataset.from_list([next(iter(rows))]) if streams(rows) else rows
+        super().__init__(train_dataset=stands_in, eval_dataset=_tokens(eval_dataset), **rest)
+        if streams(rows):
+            self.train_dataset = rows.map(self.tokenize_row)
 
     def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:  # noqa: ARG002
         prompt_T = feature["prompt_ids"]

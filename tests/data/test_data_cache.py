@@ -52,7 +52,7 @@ def test_a_failed_attempt_leaves_no_entry(arguments, tmp_path, monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(soup.data.prepare, "summarise", broken)
+        patched.setattr("soup.data.account.summarise", broken)
         with pytest.raises(MemoryError):
             prepare(**given)
     assert entries(tmp_path / "cache") == []
@@ -82,15 +82,15 @@ def test_concurrent_writers_make_one_entry(arguments, tmp_path):
 SLOW = """
 import json, sys, time
 from pathlib import Path
-import soup.data.prepare
+import soup.data.account, soup.data.prepare
 given = json.loads(sys.argv[1])
 given["model_folder"], given["cache"] = Path(given["model_folder"]), Path(given["cache"])
-real = soup.data.prepare.summarise
+real = soup.data.account.summarise
 def slow(*arguments):
     print("written", flush=True)
     time.sleep(60)
     return real(*arguments)
-soup.data.prepare.summarise = slow
+soup.data.account.summarise = slow
 soup.data.prepare.prepare(**given)
 """
 
@@ -127,6 +127,7 @@ def test_num_proc_is_the_number_of_threads(arguments):
     )
     env = {name: value for name, value in os.environ.items() if name != "RAYON_NUM_THREADS"}
     env |= {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    env |= {"TOKENIZERS_PARALLELISM": "true"}
     for number in (1, 3):
         given = arguments(ROWS, num_proc=number)
         plain = json.dumps(given | {"model_folder": str(given["model_folder"]), "cache": str(given["cache"])})

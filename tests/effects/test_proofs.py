@@ -14,12 +14,19 @@ import pytest
 FILE = Path(__file__).parents[2] / "docs" / "proofs.json"
 LORA = ["lora=lora", "lora=dora", "lora=rslora", "lora=loraplus"]
 TASKS = ["sft", "pretrain", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "ppo"]
-OPTIMIZERS = ["adamw_8bit", "adafactor", "lion", "schedule_free"]
+OPTIMIZERS = ["adamw_8bit", "adafactor", "lion", "schedule_free", "muon"]
+ONES = ",".join(["1.0"] * 8)  # as many as the tiny model has frequencies
+LONG = f"longctx=longrope longctx.short_factor=[{ONES}] longctx.long_factor=[{ONES}]"
+SCALINGS = ["longctx=linear", "longctx=yarn", "longctx=llama3", LONG]
+EMBEDDED = Path(__file__).parents[2] / "soup" / "embedded"
+MIX = f"data.train=[{EMBEDDED}/keeper.jsonl,{EMBEDDED}/keeper_eval.jsonl] data.weights=[3,1]"
+AWARE = "model.quantization=4bit model.quantization_aware=true"
 WORDS = (
     [f"task={task}" for task in TASKS]
     + [f"optim={optimizer}" for optimizer in OPTIMIZERS]
     + ["optim=galore optim.galore_rank=8 lora=none", "training.curriculum=true", "training.packing=true"]
-    + ["training.loss_watchdog=true", "model.quantization=4bit", *LORA[1:]]
+    + ["training.loss_watchdog=true", "model.quantization=4bit", AWARE, MIX, *LORA[1:]]
+    + [f"{words} longctx.rope_factor=4.0" for words in SCALINGS]
 )
 ABOUT: dict[str, dict[str, None]] = {}
 

@@ -189,11 +189,15 @@ def test_a_reward_adapter_scores_with_the_scaling_that_it_learnt_with(
     built.trainer.train()
     run = place(tree(*words))
     save_model(run, built, {"step": 2})
-    scorer = _scorer("task.reward_model", str(run.model), 600, torch.float32, False)
+    scorer = _scorer(
+        "task.reward_model", str(run.model), 600, torch.float32, False, attention=lambda _: "sdpa"
+    )
     trained = built.model
     assert torch.allclose(logits(scorer), logits(trained), atol=1e-4)
     (run.model / "base_config.json").unlink()
-    plain = _scorer("task.reward_model", str(run.model), 600, torch.float32, False)
+    plain = _scorer(
+        "task.reward_model", str(run.model), 600, torch.float32, False, attention=lambda _: "sdpa"
+    )
     assert not torch.allclose(logits(plain), logits(trained), atol=1e-4)
 
 

@@ -43,6 +43,7 @@ SPACE = (
     ["training.max_grad_norm=1.0", "training.max_grad_norm=0.0"],
     ["training.max_steps=2", "training.max_steps=null training.epochs=0.1"],
     ["data.max_length=128", "data.max_length=320 data.on_too_long=skip"],
+    ["data.streaming=false", "data.streaming=true"],
     ["longctx=none"]
     + [f"longctx={kind} longctx.rope_factor=4.0" for kind in ("linear", "dynamic", "yarn", "llama3")],
 )
