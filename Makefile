@@ -34,8 +34,10 @@ demo: setup  ## fine-tune a real model in a few minutes, and show what it learne
 test: setup  ## the tests that take seconds each
 	$(TEST)
 
+# Those on a cluster come after the rest: they look at the clock, and their jobs take both cores.
 test-all: setup  ## all tests, the slow ones too
-	$(TEST) -m ''
+	$(TEST) -m '' --ignore tests/slow
+	$(PY) -m pytest -q -m '' tests/slow
 
 check: setup  ## what a change must pass: format, lint, tests
 	$(PY) -m ruff format --check .
