@@ -26,6 +26,7 @@ from soup.effects.quantization import tensors
 from soup.effects.sources import held
 from soup.effects.undisturbed import tolerance, undisturbed
 from soup.model.load import prompt_ids
+from soup.model.rope import FOLLOW
 
 ROWS = 3
 ADVANTAGES = torch.tensor([1.0, -0.5])  # of the two answers that GRPO's loss is computed on
@@ -61,6 +62,10 @@ def _loss(built: Any) -> Iterator[Effect]:
     formula = getattr(losses, built.config.tree["task"]["name"])
     with undisturbed(built), unbalanced(trainer), every_expert(built):
         examples = _examples(held(built))
+        if built.config.longctx.rope_scaling_type in FOLLOW and "label" not in examples[0]:
+            examples = examples[
+                :1
+            ]  # its frequencies are those of the longest row, which another row alone has not
         batch = _collated(trainer, examples)
 
         def measured() -> list[Row]:

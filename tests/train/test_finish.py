@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-TRAINED = ("training.max_steps=3", "optim.lr=1e-2", "training.logging_steps=1")
+TRAINED = ("model.dtype=float32", "training.max_steps=3", "optim.lr=1e-2", "training.logging_steps=1")
 
 
 @pytest.fixture

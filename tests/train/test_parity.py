@@ -12,6 +12,7 @@ import pytest
 from soup.inputs import EMBEDDED
 
 JOB = (
+    "model.dtype=float32",  # as TRL has it where nothing is said; auto is bfloat16 on some machines
     "training.max_steps=null",
     "training.epochs=2.2",
     "training.batch_size=3",

@@ -256,7 +256,11 @@ SABOTAGE = {
         "backend.kernels",
     ),
     "its own seed": (WITHOUT + "change(adapt={'random_state': 3407})", "", "training.seed"),
-    "its own dtype": (WITHOUT + "import torch; change(load={'dtype': torch.bfloat16})", "", "model.dtype"),
+    "its own dtype": (
+        WITHOUT + "import torch; change(load={'dtype': torch.bfloat16})",
+        "model.dtype=float32",
+        "model.dtype",
+    ),
     "16 bits for 4": (
         WITHOUT + "change(load={'load_in_4bit': False})",
         "model.quantization=4bit",
