@@ -26,18 +26,16 @@ def watchdog(built: Any) -> Iterator[Effect]:
     if not listens:
         yield Effect("training.loss_watchdog", True, False, False, how)
         return
-    at_once = [not _survives(live, 1, *bad) for bad in ((math.nan, 1.0), (1.0, math.inf), (1.0, math.nan))]
+    at_once = [_stops(live, *bad) == 1 for bad in ((math.nan, 1.0), (1.0, math.inf), (1.0, math.nan))]
     yield same(
         "training.loss_watchdog", True, all(at_once), "losses and gradients that are not finite stop it"
     )
     threshold = tree["loss_watchdog_threshold"]
-    bad = next(
-        (x for x in (threshold * 0.999, threshold * 1.001) if not _survives(live, 10_000, x, 1.0)), None
-    )
+    bad = next((x for x in (threshold * 0.999, threshold * 1.001) if _stops(live, x, 1.0)), None)
     ok = bad is not None and bad > threshold
     how = f"{bad} for 10,000 steps stops it"
     yield Effect("training.loss_watchdog_threshold", threshold, threshold if ok else bad, ok, how)
-    steps = next((n for n in range(1, 10_001) if not _survives(live, n, threshold * 1.001, 1.0)), None)
+    steps = _stops(live, threshold * 1.001, 1.0)
     how = "bad steps in a row that stop it"
     yield same("training.loss_watchdog_patience", tree["loss_watchdog_patience"], steps, how)
     action = "rollback" if live.rolls_back else "stop"
@@ -45,13 +43,14 @@ def watchdog(built: Any) -> Iterator[Effect]:
     yield same("training.loss_watchdog_action", tree["loss_watchdog_action"], action, how)
 
 
-def _survives(live: Any, steps: int, loss: float, gradient_norm: float) -> bool:
+def _stops(live: Any, loss: float, gradient_norm: float) -> int | None:
+    """The step at which a copy stops, shown the same loss at each; `None` if not within 10,000."""
     from soup.train.watchdog import Diverged
 
     watchdog = deepcopy(live)
-    try:
-        for step in range(1, steps + 1):
+    for step in range(1, 10_001):
+        try:
             watchdog.judge(step, loss, gradient_norm)
-    except Diverged:
-        return False
-    return True
+        except Diverged:
+            return step
+    return None
