@@ -169,6 +169,19 @@ def expert_model(model_folder, tmp_path_factory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def scorer(tiny_model, tmp_path_factory) -> Path:
+    """A random reward model, as task=reward saves one with all its weights."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("scorer")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def compose() -> Callable[..., dict[str, Any]]:
     """`compose("lora=dora", "optim.lr=1e-3")`: the resolved tree, as `python -m soup` composes it."""
 

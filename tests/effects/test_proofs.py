@@ -31,17 +31,6 @@ WORDS = (
 ABOUT: dict[str, dict[str, None]] = {}
 
 
-@pytest.fixture(scope="module")
-def scorer(tiny_model, tmp_path_factory):
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    folder = tmp_path_factory.mktemp("scorer")
-    with torch.random.fork_rng():
-        AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("words", WORDS)
 def test_what_is_said_of_each_key(build, scorer, words):
     from soup import effects

@@ -274,19 +274,6 @@ def test_muon_twice_interrupted(twice_interrupted):
     twice_interrupted(("optim=muon", "optim.lr=1e-2", "lora=none", *TASK))
 
 
-@pytest.fixture(scope="module")
-def scorer(tiny_model, tmp_path_factory):
-    """A random reward model, as task=reward saves one with all its weights."""
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    folder = tmp_path_factory.mktemp("scorer")
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("lora", ["lora", pytest.param("none", marks=pytest.mark.slow)])
 def test_ppo_twice_interrupted(twice_interrupted, scorer, lora):
     words = ("task=ppo", f"task.reward_model={scorer}", "task.response_length=8", f"lora={lora}", *TASK)

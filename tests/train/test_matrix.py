@@ -108,18 +108,6 @@ def test_every_pair_that_can_work_is_there():
             assert allowed == any(set(pair) <= set(point) for point in POINTS), pair
 
 
-@pytest.fixture(scope="module")
-def scorer(tiny_model, tmp_path_factory):
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    folder = tmp_path_factory.mktemp("scorer")
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     "point",
     [

@@ -26,18 +26,6 @@ RUNS = {
 QUICK = {("mixtral", "sft"), ("qwen3_moe", "dpo"), ("deepseek_v3", "sft"), ("mixtral", "sft, all weights")}
 
 
-@pytest.fixture(scope="module")
-def scorer(tiny_model, tmp_path_factory):
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    folder = tmp_path_factory.mktemp("scorer")
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

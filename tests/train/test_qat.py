@@ -22,18 +22,6 @@ TASKS = {
 }
 
 
-@pytest.fixture(scope="module")
-def scorer(tiny_model, tmp_path_factory):
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    folder = tmp_path_factory.mktemp("scorer")
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def trained(tree, place, server, scorer):
     """`trained("task=dpo")`: a run that trained to its end with every effect proved."""
