@@ -19,7 +19,7 @@ from soup.data.prepare import Prepared
 from soup.device import Device
 from soup.inputs import content
 from soup.model.load import Precision
-from soup.plan import LOSS_TOKENS
+from soup.plan.memory import LOSS_TOKENS
 from soup.schema import Config
 
 SAID_S = 10.0  # seconds between two lines about how far it is

@@ -1,0 +1,107 @@
+"""What a model's config.json shows to be impossible, refused before a weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from soup.device import Device
+from soup.errors import Problem, Refused
+from soup.model import attention, liger
+from soup.model.groups import whole_groups
+from soup.plan.decoder import Shape
+from soup.rope import context as reach
+from soup.schema import Config
+
+# Weights that share a scale. bitsandbytes 0.50's AVX512 kernel mistakes a block that goes on in the next row.
+NF4_BLOCK = 64
+WITHOUT_LINEAR = ("gpt2", "openai-gpt")
+
+
+def refuse_unfit(
+    config: Config, model: Mapping[str, Any], decoder: Shape, device: Device, longest: int
+) -> None:
+    """Refuses what this model cannot do. `longest`: tokens of the longest training row.
+
+    Raises:
+        Refused: a row is longer than the model's context, or a setting finds nothing in this model to work on.
+    """
+    _within_context(config, model, longest)
+    _projects(config, decoder)
+    _quantizes(config, decoder, device, str(model.get("model_type")))
+    _runs(config, model, device)
+
+
+def _within_context(config: Config, model: Mapping[str, Any], longest: int) -> None:
+    """Refuses a row that, with what is generated after it, reaches positions that the model was not made for."""
+    context = reach(model)
+    if (
+        context is None
+        or config.longctx.rope_scaling_type != "none"
+        or longest + config.task.generates <= context
+    ):
+        return
+    why = f"a row has {longest} tokens, and the model's own context is {context}"
+    if config.task.generates:
+        why = f"a prompt has {longest} tokens, {config.task.generates} are generated after it, and the model's own "
+        why += f"context is {context}"
+    room = context - config.task.generates
+    fewer = f"data.max_length={room}" if room > 0 else "fewer generated tokens"
+    raise Refused(
+        Problem(
+            key="data.max_length",
+            value=config.data.max_length,
+            why=why,
+            fix=f"{fewer}, or a longer context by longctx=yarn",
+        )
+    )
+
+
+def _projects(config: Config, decoder: Shape) -> None:
+    """Refuses a rank of GaLore's that is no less than the smaller side of every layer: nothing would be projected."""
+    knobs, largest = config.optim.galore, max(min(i, o) for _, i, o, _ in decoder.linears)
+    if knobs is not None and knobs["rank"] >= largest:
+        why = f"no linear layer of this model has more than {largest} inputs and outputs, so nothing is projected"
+        fix = f"optim.galore_rank={max(1, largest // 4)}, or optim=adamw"
+        raise Refused(Problem(key="optim.galore_rank", value=knobs["rank"], why=why, fix=fix))
+
+
+def _quantizes(config: Config, decoder: Shape, device: Device, kind: str) -> None:
+    """Refuses layers whose inputs are not whole groups of a scale each, and a model without linear layers."""
+    inputs = {name: count for name, count, _, _ in decoder.linears}
+    if config.model.quantization_aware:
+        if kind in WITHOUT_LINEAR:
+            why = f"{kind} has Conv1D layers, and torchao's fake quantization wraps linear ones"
+            fix = "model.quantization_aware=false, or another model"
+            raise Refused(Problem(key="model.quantization_aware", value="true", why=why, fix=fix))
+        whole_groups(config.model, inputs)
+    uneven = {name: count for name, count in inputs.items() if count % NF4_BLOCK}
+    if uneven and config.model.stored == "4bit" and device.kind == "cpu":
+        name, count = next(iter(uneven.items()))
+        why = f"on a CPU bitsandbytes reads rows wrongly that are no multiple of {NF4_BLOCK} long, as the {count} "
+        why += f"inputs of {name} are"
+        fix = "model.quantization=8bit or none"
+        raise Refused(Problem(key="model.quantization", value="4bit", why=why, fix=fix))
+
+
+def _runs(config: Config, model: Mapping[str, Any], device: Device) -> None:
+    """Refuses kernels that were asked for and have nothing for this model, whatever the machine has."""
+    training = config.training
+    dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
+    attention.refuse_unfit(training.use_flash_attn, model, device.kind, dtype)
+    liger.refuse_unfit(training.use_liger, model, config.tree["lora"].get("target_modules", ()))
+
+
+def frozen_layers(config: Config, decoder: Shape) -> int:
+    """Layers that do not train; refuses to freeze all of them, and a ratio that comes to none."""
+    training = config.training
+    frozen = training.frozen(decoder.layers)
+    key = "freeze_layers" if training.freeze_layers else "freeze_ratio"
+    value = getattr(training, key)
+    if frozen >= decoder.layers:
+        why = f"this model has {decoder.layers} layers, and {decoder.layers - 1} can be frozen: the last must train"
+        raise Refused(Problem(key=f"training.{key}", value=value, why=why, fix=f"a smaller training.{key}"))
+    if value and not frozen:
+        why = f"is less than half of one of this model's {decoder.layers} layers, so none would be frozen"
+        raise Refused(Problem(key=f"training.{key}", value=value, why=why, fix="training.freeze_layers=1"))
+    return frozen

@@ -1,0 +1,152 @@
+"""Bytes that one device needs at the peak of training, by what they are for.
+
+Activation memory follows what autograd keeps of a decoder layer (Korthikanti et al. 2022, arXiv:2205.05198, with
+SwiGLU, RMSNorm and memory-linear attention). bench/plan_accuracy.py compares predicted and measured peaks.
+"""
+
+from __future__ import annotations
+
+from soup.device import Device
+from soup.plan.decoder import Shape, adapted
+from soup.schema import Config
+
+RUNTIME_BYTES = {"cpu": 750e6, "cuda": 1.5e9}  # the process with its libraries (measured); CUDA's context
+ALLOCATOR = 1.1  # freed blocks that malloc keeps: measured activations over the tensors counted below
+# Of the activations that checkpointing frees, what glibc's malloc keeps as holes between the ones that stay
+# (measured; giving it back to the system at once costs six times the step's time). A GPU's allocator reuses them.
+HOLES = {"cpu": 0.55, "cuda": 0.0}
+LOGIT_CHUNK = (
+    256  # learnt tokens that TRL turns into logits at once (sft_trainer._CHUNKED_LM_HEAD_CHUNK_SIZE)
+)
+LOSS_TOKENS = 2048  # of a batch whose loss is measured for the curriculum, padding included
+LOGIT_COPIES = 6  # logits, log-softmax, their exponent and product, and two gradients, in float32
+NF4_BYTES = 0.516  # a weight and its share of doubly quantized scales (arXiv:2305.14314, section 3)
+SIMULATED_COPIES = 6  # of the largest layer's weight in float32, while it is rounded
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def peak(
+    config: Config,
+    decoder: Shape,
+    device: Device,
+    longest: int,
+    dtype: str,
+    trainable: int,
+    adapters: int,
+) -> tuple[dict[str, float], str]:
+    """Bytes on one device at the peak, by what they are for."""
+    training, task, spread = config.training, config.task, config.distributed
+    size = BYTES[dtype]
+    products = (
+        2 if device.bf16 and dtype != "float32" or device.bf16 and config.model.dtype == "auto" else size
+    )
+    per_weight = {"none": size, "4bit": NF4_BYTES, "8bit": 1.01}
+    frozen = decoder.linear * per_weight[config.model.stored] + (decoder.total - decoder.linear) * size
+    weights = frozen + 4 * adapters
+    copies = task.reference and config.lora.r is None and not task.precompute_ref
+    beside = {  # models that other tasks do not have
+        "reference": frozen if copies else 0,  # with adapters it is the model with those off
+        "reward model": task.frozen_models * size * decoder.total,  # PPO's are not quantized
+        "value model": task.trained_models * 4 * decoder.total,  # trains in float32
+    }
+    train_size = 4 if config.lora.r is not None else size
+
+    ring = config.longctx.ring_size if config.longctx.use_ring_attention else 1
+    length = longest + task.generates
+    batch_tokens = training.batch_size * task.forwards * length / ring
+    one_layer = _layer_floats(decoder) * products
+    if config.lora.use_dora:  # the frozen layer's output and the adapter's, each scaled by a magnitude
+        one_layer += (
+            2 * sum(outputs for name, _, outputs, _ in decoder.linears if adapted(config, name)) * products
+        )
+    if training.gradient_checkpointing:
+        holes = HOLES[device.kind] * decoder.layers * one_layer
+        activations = batch_tokens * (decoder.layers * decoder.hidden * products + one_layer + holes)
+        how = "each layer's input, and one layer recomputed" + (", and malloc's holes" if holes else "")
+    else:
+        # Below the lowest adapter nothing needs a gradient.
+        kept = decoder.layers - (training.frozen(decoder.layers) if config.lora.r is not None else 0)
+        activations = batch_tokens * kept * one_layer
+        how = "what backward needs of every layer" + (
+            " above the frozen ones" if kept < decoder.layers else ""
+        )
+    if config.model.quantization_aware:
+        activations += _simulated_weights(config, decoder, products)
+        how += "; each layer's rounded weight"
+    if training.moe_lora:  # PEFT computes with the sum of the experts and their adapters, a copy in each pass
+        copied = (
+            2 if training.gradient_checkpointing else 1 + kept
+        )  # and its gradient, of one layer at a time
+        one = sum(i * o * copies for name, i, o, copies in decoder.linears if name.startswith("experts."))
+        activations += copied * one * size / ALLOCATOR
+        how += ", with a copy of its experts"
+    if task.config == "trl:SFTConfig":
+        logits = min(LOGIT_CHUNK, batch_tokens) * decoder.vocab * 4 * LOGIT_COPIES
+        how_logits = f"{LOGIT_CHUNK} learnt tokens at a time"
+    else:
+        logits = batch_tokens * decoder.vocab * 4 * 3
+        how_logits = "every token of the batch"
+    if task.trained_models:  # those of all answers of a step, and a padded copy (TRL's batch_generation)
+        rollouts = training.batch_size * training.gradient_accumulation_steps * task.generates
+        logits = max(logits, rollouts * decoder.vocab * 4 * 2)
+        how_logits += ", or twice those of every generated token of a step, whichever is more"
+    if training.curriculum and training.curriculum_metric == "loss":
+        whole = max(LOSS_TOKENS, longest) * decoder.vocab * size + longest * decoder.vocab * 8
+        if whole > logits:
+            logits, how_logits = whole, "every token, while the base model's loss is measured"
+    world = spread.world
+    shared = world if "weights" in spread.shards else 1
+    parts = {
+        "weights": weights / shared,
+        **{name: held / shared for name, held in beside.items() if held},
+        "gradients": (train_size * trainable + task.trained_models * 4 * decoder.total)
+        / (world if "gradients" in spread.shards else 1),
+        "optimizer": optimizer_bytes(config, decoder, trainable + task.trained_models * decoder.total)
+        / (world if "optimizer" in spread.shards else 1),
+        "activations": ALLOCATOR * activations,
+        "logits": logits,
+        "runtime": RUNTIME_BYTES[device.kind],
+    }
+    note = f"batch of {training.batch_size} x {length} tokens; activations: {how}; logits: {how_logits}"
+    return parts, note
+
+
+def _simulated_weights(config: Config, decoder: Shape, products: int) -> float:
+    """Rounded weights that backward needs, of one layer where it is recomputed, and the largest one's copies.
+
+    Weights that train also keep a byte each: whether the rounding let their gradient through.
+    """
+    kept = decoder.linear / (decoder.layers if config.training.gradient_checkpointing else 1)
+    largest = max(inputs * outputs for _, inputs, outputs, _ in decoder.linears)
+    return kept * (products + (config.lora.r is None)) + SIMULATED_COPIES * 4 * largest
+
+
+def _layer_floats(decoder: Shape) -> float:
+    """Numbers that backward needs of one layer, for one token.
+
+    Two norms keep input, normalised and scaled values (6 d); q and k before and after the rotation, v, and k and v
+    repeated for grouped queries; the attention's output; gate, up, their activation and product (4 ff), of the few
+    experts that a token passes in an MoE model.
+    """
+    attention = 2 * (decoder.heads + decoder.kv) + decoder.kv + decoder.heads
+    repeated = 2 * decoder.heads if decoder.kv < decoder.heads else 0
+    return 6 * decoder.hidden + attention + repeated + 4 * decoder.ff
+
+
+def optimizer_bytes(config: Config, decoder: Shape, trainable: int) -> float:
+    """State of the optimizer; GaLore keeps its moments in the projection, and the projection itself; Muon one moment
+    of matrices."""
+    if config.optim.muon is not None and config.lora.r is None:  # AdamW's second moment for what is no matrix
+        layers = decoder.layers - config.training.frozen(decoder.layers)
+        return config.optim.state_bytes * (2 * trainable - decoder.linear // decoder.layers * layers)
+    if config.optim.galore is None:
+        return config.optim.state_bytes * trainable
+    rank = config.optim.galore["rank"]
+    state = 0.0
+    for _, inputs, outputs, copies in decoder.linears:
+        short, long = sorted((inputs, outputs))
+        r = min(rank, short)
+        state += copies * (config.optim.state_bytes * r * long + 4 * r * short)
+    layers = decoder.layers - config.training.frozen(decoder.layers)
+    plain = trainable - decoder.linear // decoder.layers * layers
+    return state * layers + config.optim.state_bytes * plain

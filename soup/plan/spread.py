@@ -1,0 +1,105 @@
+"""How many devices a run takes: what one device would need, spread over the fewest that hold it. A pure function.
+
+Weights, gradients and optimizer state are cut by all devices (ZeRO-3, arXiv:1910.02054), rows and their logits by those
+of a ring (arXiv:2310.01889); every device pays for its libraries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from soup.device import Device
+from soup.plan.decoder import Shape
+from soup.plan.memory import peak
+from soup.rules import broken, facts
+from soup.schema import Config
+
+SHARDED = ("weights", "gradients", "optimizer")
+RINGED = ("activations", "logits")
+MOST = 2**20  # devices; beyond, nobody is helped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """`devices` in all, `ring` of which share each row. `bytes`: what each then holds. `0` devices: none are enough."""
+
+    devices: int
+    ring: int
+    sharded: bool
+    bytes: int
+
+
+def spread(whole: Mapping[str, float], capacity: float, *, shards: bool, rings: bool) -> Spread:
+    """The fewest devices of `capacity` bytes, in powers of two, and the smallest ring among them.
+
+    `whole`: bytes by what they are for, as one device would hold them. `shards`, `rings`: whether this run may be cut
+    so. Of two ways with as many devices, the one with the smaller ring: a ring sends keys and values on in each layer.
+    """
+    devices = 1
+    while devices <= MOST:
+        ring = 1
+        while ring <= (devices if rings else 1):
+            held = sum(
+                size / (devices if name in SHARDED and shards else ring if name in RINGED else 1)
+                for name, size in whole.items()
+            )
+            if held <= capacity:
+                sharded = shards and devices > 1
+                return Spread(devices=devices, ring=ring, sharded=sharded, bytes=round(held))
+            ring *= 2
+        if not shards and not rings:
+            break
+        devices *= 2
+    return Spread(devices=0, ring=1, sharded=False, bytes=0)
+
+
+def devices(
+    config: Config,
+    model: Mapping[str, Any],
+    decoder: Shape,
+    device: Device,
+    row: int,
+    dtype: str,
+    *sizes: int,
+) -> tuple[Spread, str]:
+    """How many devices hold this run with rows of `row` tokens, where the rules let it be spread, and why so many."""
+    alone = replace(
+        config,
+        distributed=replace(config.distributed, processes=1, nodes=1, shards=(), offloads=()),
+        longctx=replace(config.longctx, use_ring_attention=False, ring_size=1),
+    )
+    capacity = device.memory_bytes
+
+    def needed(checkpointing: bool, **allowed: bool) -> Spread:
+        training = replace(config.training, gradient_checkpointing=checkpointing)
+        whole, _ = peak(replace(alone, training=training), decoder, device, row, dtype, *sizes)
+        return spread(whole, capacity, **allowed)
+
+    allowed = {"shards": False, "rings": False}
+    found = needed(config.training.gradient_checkpointing, **allowed)
+    if found.devices != 1:
+        here = facts(config, device=device.kind, model_config=model)
+        many = {"distributed": "zero3", "distributed.processes": 2}
+        ring = {"longctx.use_ring_attention": True, "longctx.ring_size": 2}
+        allowed = {"shards": not broken(here | many), "rings": not broken(here | many | ring)}
+        found = needed(config.training.gradient_checkpointing, **allowed)
+    each = f"{capacity / 1e9:.0f} GB each ({device.memory_reason})"
+    tokens = f"a batch of {config.training.batch_size} x {row + config.task.generates} tokens"
+    if found.devices == 0:
+        note = f"no number of devices of {each} holds {tokens}"
+        if not allowed["rings"]:
+            note += ": this task's rows are not spread over devices"
+    elif found.devices == 1:
+        note = f"one of {each} holds {tokens}"
+    else:
+        note = f"of {each} hold {tokens}: {found.bytes / 1e9:.0f} GB on each"
+        note += f", with distributed=zero3 distributed.processes={found.devices}" if found.sharded else ""
+        if found.ring > 1:
+            note += f" longctx.use_ring_attention=true longctx.ring_size={found.ring}"
+    if found.devices != 1 and not config.training.gradient_checkpointing:
+        less = needed(True, **allowed).devices
+        if less and (less < found.devices or not found.devices):
+            note += f"; {less} with training.gradient_checkpointing=true"
+    return found, note
