@@ -240,5 +240,5 @@ def ppo(
             "gamma": gamma,
             "lam": lam,
         },
-        effects=("task:ppo",),
+        effects=("ppo:update", "ppo:scorers"),
     )

@@ -120,4 +120,55 @@ def grpo(
     return total.sum() / (len(losses) * max_completion_length) if loss_type == "dr_grpo" else total.mean()
 
 
+def ppo(
+    policy: Rows,
+    drawn: Rows,
+    gained: Sequence[Tensor],
+    *,
+    cliprange: float,
+    vf_coef: float,
+) -> Tensor:
+    """Equation 7 of arXiv:1707.06347 on whitened advantages, and the squared error of values that have not moved
+    since the answers were drawn.
+
+    `gained`: advantages of each answer's tokens, and of the state after it where there is one: (T,) or (T + 1,).
+    """
+    lengths = [len(row.answers["completion"]) for row in drawn]
+    every = torch.cat([gained_T[:n] for gained_T, n in zip(gained, lengths, strict=True)])
+    losses = []
+    for new, old, gained_T, n in zip(policy, drawn, gained, lengths, strict=True):
+        ratio_T = (new.answers["completion"] - old.answers["completion"]).exp()
+        white_T = (gained_T[:n] - every.mean()) / (every.var() + 1e-8).sqrt()
+        losses.append(torch.max(-white_T * ratio_T, -white_T * ratio_T.clamp(1 - cliprange, 1 + cliprange)))
+    errors = torch.cat([gained_T**2 for gained_T in gained])  # return minus value
+    return torch.cat(losses).mean() + vf_coef * errors.mean() / 2
+
+
+def ppo_rewards(
+    drawn: Rows, reference: Rows, scores: Sequence[Tensor], *, width: int, kl_coef: float
+) -> list[Tensor]:
+    """Equation 2 of arXiv:1909.08593 by tokens: the divergence as a price, and the score at the end.
+
+    An answer shorter than `width` is followed by a state of its own, in which the score is given.
+    """
+    rewards = []
+    for old, frozen, score in zip(drawn, reference, scores, strict=True):
+        prices_T = -kl_coef * (old.answers["completion"] - frozen.answers["completion"])
+        n = len(prices_T)
+        rewards_T = torch.cat([prices_T, torch.zeros(min(n + 1, width) - n, dtype=prices_T.dtype)])
+        rewards_T[-1] += score
+        rewards.append(rewards_T)
+    return rewards
+
+
+def generalized_advantages(rewards_T: Tensor, values_T: Tensor, *, gamma: float, lam: float) -> Tensor:
+    """Equation 16 of arXiv:1506.02438, shape (T,)."""
+    advantage, following, backwards = 0.0, 0.0, []
+    for reward, value in zip(rewards_T.flip(0), values_T.flip(0), strict=True):
+        advantage = reward + gamma * following - value + gamma * lam * advantage
+        following = value
+        backwards.append(advantage)
+    return torch.stack(backwards[::-1])
+
+
 PAIR = ("chosen", "rejected")

@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from torch import Tensor
 from soup.effects import Effect, losses, same
 from soup.effects.losses import Row
 from soup.effects.moe import every_expert, unbalanced
-from soup.effects.quantization import tensors
 from soup.effects.sources import held
 from soup.effects.undisturbed import tolerance, undisturbed
 from soup.model.load import prompt_ids
@@ -74,10 +72,10 @@ def _loss(built: Any) -> Iterator[Effect]:
         reference = measured()
         if built.config.task.precompute_ref:
             reference = [_of_table(row, one) for row, one in zip(reference, examples, strict=True)]
-        moved = _moved(model, measured, reference, built.config.task.reference)
-        with moved as policy, torch.enable_grad():  # Unsloth computes another way without gradients
+        off = moved(model, measured, reference, built.config.task.reference)
+        with off as policy, torch.enable_grad():  # Unsloth computes another way without gradients
             live = float(trainer.compute_loss(model, batch).detach())
-    yield from _compared(built, live, lambda **knobs: float(formula(policy, reference, **knobs)), formula)
+    yield from compared(built, live, lambda **knobs: float(formula(policy, reference, **knobs)), formula)
 
 
 def _of_table(row: Row, example: Mapping[str, Any]) -> Row:
@@ -113,19 +111,19 @@ def group_loss(built: Any) -> Iterator[Effect]:
         def measured() -> list[Row]:
             heat = tree["temperature"]
             return [
-                Row(answers={"completion": _logps(built, prompt + answer, heat)[len(prompt) - 1 :]})
+                Row(answers={"completion": logps(built, prompt + answer, heat)[len(prompt) - 1 :]})
                 for answer in answers
             ]
 
         reference = measured()
-        with _moved(model, measured, reference, built.config.task.reference) as policy:
+        with moved(model, measured, reference, built.config.task.reference) as policy:
             inputs = _group(built, prompt, answers, [row.answers["completion"] for row in reference])
             live = float(trainer.compute_loss(model, inputs))
 
     def formula(**knobs: Any) -> float:
         return float(losses.grpo(policy, reference, advantages=ADVANTAGES, **knobs))
 
-    yield from _compared(built, live, formula, losses.grpo)
+    yield from compared(built, live, formula, losses.grpo)
 
 
 def _made_up(built: Any) -> tuple[list[int], list[list[int]]]:
@@ -211,39 +209,8 @@ def reward_functions(built: Any) -> Iterator[Effect]:
     yield Effect("task.reward_weights", asked, weights, ok, "weights that the trainer multiplies rewards by")
 
 
-def ppo(built: Any) -> Iterator[Effect]:
-    """Arguments that TRL's loop reads at each update (tests/train/test_ppo.py has its loss), and the models beside.
-
-    The folders' score heads are compared with the live ones: no other part of them is new.
-    """
-    trainer, tree = built.trainer, built.config.tree["task"]
-    for name in (
-        "response_length",
-        "temperature",
-        "kl_coef",
-        "num_ppo_epochs",
-        "cliprange",
-        "vf_coef",
-        "gamma",
-        "lam",
-    ):
-        yield same(
-            f"task.{name}", tree[name], getattr(trainer.args, name), "read by TRL's loop at each update"
-        )
-    for name, model in (("reward_model", trainer.reward_model), ("value_model", trainer.value_model)):
-        folder = tree[name] or tree["reward_model"]
-        live = model.score.weight.detach().float().cpu()
-        stored = [
-            read(slice(None)).float()
-            for key, read in tensors(Path(folder).expanduser())
-            if key.endswith("score.weight")
-        ]
-        ok = len(stored) == 1 and torch.allclose(live, stored[0], rtol=1e-2, atol=1e-3)
-        how = f"its score head of {live.numel()} weights is that of {folder}"
-        yield Effect(f"task.{name}", tree[name], folder if ok else "another model", ok, how)
-
-
-def _compared(built: Any, live: float, formula: Any, signature: Any) -> Iterator[Effect]:
+def compared(built: Any, live: float, formula: Any, signature: Any) -> Iterator[Effect]:
+    """The live loss against the formula's, and for each of its keyword knobs whether another value would show."""
     tree = built.config.tree["task"]
     named = [p.name for p in inspect.signature(signature).parameters.values() if p.kind is p.KEYWORD_ONLY]
     knobs = {name: tree[name] for name in named if name in tree}
@@ -289,18 +256,18 @@ def _row(built: Any, example: Mapping[str, Any]) -> Row:
     """The model's log-probabilities of a row, by the columns that it has."""
     if "input_ids" in example:
         learnt = torch.tensor(example["labels"][1:]) != -100
-        return Row(answers={"completion": _logps(built, example["input_ids"])[learnt]})
+        return Row(answers={"completion": logps(built, example["input_ids"])[learnt]})
     sides = {SIDES[name]: ids for name, ids in example.items() if name in SIDES}
     if built.config.task.head == "score":
         return Row(score={side: _score(built, ids) for side, ids in sides.items()})
     prompt = example["prompt_ids"]
     limit = built.config.data.max_length
-    whole = {side: _logps(built, (prompt + ids)[:limit]) for side, ids in sides.items()}
-    answers = {side: logps[len(prompt) - 1 :] for side, logps in whole.items()}
+    whole = {side: logps(built, (prompt + ids)[:limit]) for side, ids in sides.items()}
+    answers = {side: whole_T[len(prompt) - 1 :] for side, whole_T in whole.items()}
     return Row(answers=answers, whole=whole, label=bool(example.get("label", True)))
 
 
-def _logps(built: Any, ids: Sequence[int], temperature: float = 1.0) -> Tensor:
+def logps(built: Any, ids: Sequence[int], temperature: float = 1.0) -> Tensor:
     """Log-probabilities of each token but the first, shape (T - 1,), in float64."""
     ids_1T = torch.tensor([list(ids)], device=built.trainer.args.device)
     with torch.no_grad():
@@ -315,7 +282,7 @@ def _score(built: Any, ids: Sequence[int]) -> Tensor:
 
 
 @contextmanager
-def _moved(model: Any, measured: Any, before: list[Row], needed: bool) -> Iterator[list[Row]]:
+def moved(model: Any, measured: Any, before: list[Row], needed: bool) -> Iterator[list[Row]]:
     """The policy's rows with one parameter moved off the reference; not moved where there is no reference."""
     if not needed:
         yield before

@@ -26,7 +26,7 @@ KEPT = (
 
 def tolerance(built: Any) -> float:
     """How far a loss that is measured so may be off, over its size."""
-    coarse = built.config.model.stored != "none" or _too_large(built)
+    coarse = built.config.model.stored != "none" or too_large(built)
     return COARSE if coarse else TOLERANCE
 
 
@@ -46,16 +46,17 @@ def undisturbed(built: Any) -> Iterator[None]:
 
 @contextmanager
 def _in_float32(built: Any) -> Iterator[None]:
-    """Policy and reference with weights and products of 32 bits, so that no difference drowns in rounding.
+    """Policy, reference and PPO's scorers with weights and products of 32 bits: no difference drowns in rounding.
 
     Where that would take too much memory, the forward pass is that of training.
     """
     model, reference = built.model, getattr(built.trainer, "ref_model", None)
-    if _too_large(built):
+    if too_large(built):
         with as_prepared(model, built.trainer.accelerator):
             yield
         return
-    models = [one for one in (model, reference) if one is not None]
+    beside = (getattr(built.trainer, name, None) for name in ("reward_model", "value_model"))
+    models = [one for one in (model, reference, *beside) if one is not None]
     kept = [(p, p.data) for one in models for p in one.parameters() if p.is_floating_point()]
     quantized = [m for one in models for m in one.modules() if hasattr(m, "compute_dtype")]
     dtypes = [m.compute_dtype for m in quantized]
@@ -77,5 +78,6 @@ def _in_float32(built: Any) -> Iterator[None]:
             reference.forward = autocast
 
 
-def _too_large(built: Any) -> bool:
+def too_large(built: Any) -> bool:
+    """Whether the model is measured in training's own precision, for want of memory."""
     return sum(p.numel() for p in built.model.parameters() if p.is_floating_point()) * 4 > WHOLE_BYTES

@@ -32,9 +32,12 @@ ABOUT: dict[str, dict[str, None]] = {}
 
 
 @pytest.mark.parametrize("words", WORDS)
-def test_what_is_said_of_each_key(build, scorer, words):
+def test_what_is_said_of_each_key(build, scorer, words, monkeypatch):
     from soup import effects
 
+    monkeypatch.setenv(
+        "TRL_EXPERIMENTAL_SILENCE", "1"
+    )  # TRL's PPO warns of changes, and warnings are errors here
     given = words.split()
     if words == "task=ppo":
         given += [f"task.reward_model={scorer}", f"task.value_model={scorer}", "task.response_length=8"]

@@ -42,6 +42,7 @@ CHOICES = {
         "training.curriculum_metric=loss",
     ),
     "bfloat16, all weights": ("model.dtype=bfloat16", "lora=none"),
+    "a stream": ("data.streaming=true", "data.eval_fraction=0.0"),
 }
 # Imports Unsloth and what a training process imports, then forks one for each line it reads.
 SERVER = """
