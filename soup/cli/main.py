@@ -39,7 +39,9 @@ COMMANDS = {
     "logs": Command("soup.cli.logs:logs", "[-f] [SWEEP] [POINT]: what its runs say", composes=False),
     "cancel": Command("soup.cli.sweeps:cancel", "[SWEEP]: its runs save and stop", composes=False),
     "retry": Command("soup.cli.sweeps:retry", "[SWEEP]: run what is not finished", composes=False),
-    "doctor": Command(None, "what this machine can run", composes=False),
+    "doctor": Command(
+        "soup.cli.doctor:doctor", "what this machine can run, and what mends the rest", json=True
+    ),
 }
 
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
