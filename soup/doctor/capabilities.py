@@ -209,15 +209,15 @@ CAPABILITIES: tuple[Capability, ...] = (
         Capability(
             name=name,
             exercised="a run in a scratch folder, read back",
-            packages={distribution: module},
+            packages=packages,
             install=_extra(name),
             needed=_tracks(name),
         )
-        for name, distribution, module in (
-            ("wandb", "wandb", "wandb"),
-            ("tensorboard", "tensorboard", "tensorboard"),
-            ("mlflow", "mlflow-skinny", "mlflow"),
-            ("trackio", "trackio", "trackio"),
+        for name, packages in (
+            ("wandb", {"wandb": "wandb"}),
+            ("tensorboard", {"tensorboard": "tensorboard"}),
+            ("mlflow", {"mlflow-skinny": "mlflow", "sqlalchemy": "sqlalchemy", "alembic": "alembic"}),
+            ("trackio", {"trackio": "trackio"}),
         )
     ),
 )

@@ -629,6 +629,4 @@ RULES: tuple[Rule, ...] = (
     _pending("distributed", Not("none")),
     _pending("longctx.use_ring_attention", True),
     _pending("data.streaming", True, {"backend": "unsloth"}),
-    _pending("tracking.mlflow", Not(None)),
-    _pending("tracking.trackio", Not(None)),
 )
