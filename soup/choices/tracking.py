@@ -24,8 +24,8 @@ def tensorboard(*, folder: Name) -> TrackerSpec:
 
 
 def mlflow(*, uri: Name | None, experiment: Name) -> TrackerSpec:
-    """MLflow. `uri`: the tracking server, a local folder if null."""
-    return _tracker("mlflow", uri=uri, experiment=experiment)
+    """MLflow. `uri`: the tracking server; `run.root`/mlflow.db, a local database, if null."""
+    return _tracker("mlflow", "mlflow-skinny", uri=uri, experiment=experiment)
 
 
 def trackio(*, project: Name) -> TrackerSpec:
@@ -33,5 +33,6 @@ def trackio(*, project: Name) -> TrackerSpec:
     return _tracker("trackio", project=project)
 
 
-def _tracker(name: str, **settings: object) -> TrackerSpec:
-    return TrackerSpec(name=name, settings=settings, requires=(Package(distribution=name, extra=name),))
+def _tracker(name: str, distribution: str | None = None, /, **settings: object) -> TrackerSpec:
+    package = Package(distribution=distribution or name, extra=name)
+    return TrackerSpec(name=name, settings=settings, requires=(package,))

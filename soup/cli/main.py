@@ -39,7 +39,15 @@ COMMANDS = {
     "logs": Command("soup.cli.logs:logs", "[-f] [SWEEP] [POINT]: what its runs say", composes=False),
     "cancel": Command("soup.cli.sweeps:cancel", "[SWEEP]: its runs save and stop", composes=False),
     "retry": Command("soup.cli.sweeps:retry", "[SWEEP]: run what is not finished", composes=False),
-    "doctor": Command(None, "what this machine can run", composes=False),
+    "import": Command(
+        "soup.cli.importing:import_",
+        "FILE: another tool's configuration as an experiment",
+        composes=False,
+        json=True,
+    ),
+    "doctor": Command(
+        "soup.cli.doctor:doctor", "what this machine can run, and what mends the rest", json=True
+    ),
 }
 
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
@@ -152,6 +160,11 @@ class Parser(ArgumentParser):
         self.add_argument("--quantized", action="store_true")
         self.add_argument("--watch", action="store_true")
         self.add_argument("--follow", "-f", action="store_true")
+        self.add_argument("--out")
+        self.add_argument("--from", dest="from_tool", choices=("soup-cli", "llamafactory", "axolotl", "trl"))
+        self.add_argument("--task", choices=("sft", "dpo", "kto", "grpo", "reward"))
+        self.add_argument("--deepspeed", choices=("zero2", "zero3", "zero2_offload"))
+        self.add_argument("--fsdp", choices=("full_shard", "shard_grad", "full_offload"))
 
     def error(self, message: str) -> NoReturn:
         raise Refused(Problem(key="command line", why=message, fix="`soup --help` lists commands and flags"))
@@ -189,10 +202,15 @@ def _misused_flags(args: Namespace, command: Command) -> list[Problem]:
         ("quantized", "runs", "runs export"),
         ("watch", "status", ""),
         ("follow", "logs", ""),
+        ("out", "import", ""),
+        ("from_tool", "import", ""),
+        ("task", "import", ""),
+        ("deepspeed", "import", ""),
+        ("fsdp", "import", ""),
     ):
         if getattr(args, flag) and args.command != command_:
             why = f"is for `{use or command_}` only"
-            problems.append(Problem(key=f"--{flag}", why=why, fix="drop it"))
+            problems.append(Problem(key=f"--{flag.removesuffix('_tool')}", why=why, fix="drop it"))
     if args.experimental_rerun:
         fix = "`soup runs resume ID` continues a run from its folder"
         problems.append(Problem(key="--experimental-rerun", why="soup keeps no pickles", fix=fix))

@@ -628,6 +628,4 @@ RULES: tuple[Rule, ...] = (
     # Composes and plans; the training part is not built yet
     _pending("distributed", Not("none")),
     _pending("longctx.use_ring_attention", True),
-    _pending("tracking.mlflow", Not(None)),
-    _pending("tracking.trackio", Not(None)),
 )

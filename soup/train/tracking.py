@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
-from soup.record import Run
+from soup.effects import Effect, NotInForce, to_json
+from soup.errors import Problem
+from soup.record import Run, read_json, write_json
 from soup.schema import Config
 from soup.specs import TrackerSpec
+from soup.train.trackers import MLflow, Trackio
 
 
 class Tracker(Protocol):
@@ -18,6 +22,10 @@ class Tracker(Protocol):
     def log(self, line: Mapping[str, Any]) -> None: ...
 
     def finish(self, status: str) -> None: ...
+
+    def in_force(self) -> dict[str, Any]:
+        """Its settings as the open tracker has them, by their keys."""
+        ...
 
 
 class Wandb:
@@ -58,6 +66,13 @@ class Wandb:
                 self._run.summary["status"] = status
                 self._run.finish(exit_code=0 if status == "finished" else 1)
 
+    def in_force(self) -> dict[str, Any]:
+        return {
+            "project": self._run.project,
+            "tags": tuple(self._run.tags or ()),
+            "mode": self._run.settings.mode,
+        }
+
     @contextmanager
     def _without_its_process(self) -> Iterator[None]:
         """wandb's own process ends on the SIGTERM that SLURM sends to every process of a job that is to stop; the run
@@ -79,7 +94,7 @@ class TensorBoard:
 
         from torch.utils.tensorboard import SummaryWriter
 
-        last = run.last_checkpoint()
+        self._run, last = run, run.last_checkpoint()
         # The steps after the checkpoint come once more; so do all of them where a crash left none.
         step = int(last.name.rpartition("-")[2]) + 1 if last else 0
         self._writer = SummaryWriter(str(run.folder / spec.settings["folder"]), purge_step=step)
@@ -94,17 +109,57 @@ class TensorBoard:
             if key != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(key, value, line["step"])
 
+    def in_force(self) -> dict[str, Any]:
+        return {"folder": str(Path(self._writer.log_dir).relative_to(self._run.folder))}
+
     def finish(self, status: str) -> None:
         self._writer.add_text("status", status)
         self._writer.close()
 
 
-OPEN = {"wandb": Wandb, "tensorboard": TensorBoard}
+OPEN = {"wandb": Wandb, "tensorboard": TensorBoard, "mlflow": MLflow, "trackio": Trackio}
 
 
 def open_trackers(config: Config, run: Run, say: Any) -> list[Tracker]:
-    """Opens what `tracking` names; `say` prints a line for the user."""
-    return [OPEN[spec.name](spec, run, config, say) for spec in config.tracking]
+    """Opens what `tracking` names, and writes into effective.json what is in force; `say` prints a line for the user.
+
+    Raises:
+        NotInForce: a tracker was opened with another setting than it was given.
+    """
+    opened: list[Tracker] = []
+    settled: list[Effect] = []
+    try:
+        for spec in config.tracking:
+            tracker = OPEN[spec.name](spec, run, config, say)
+            opened.append(tracker)
+            settled += list(_settled(spec, tracker))
+        proved = read_json(run.effective) or {}
+        write_json(run.effective, proved | to_json(settled))
+        if wrong := [one for one in settled if not one.ok]:
+            raise NotInForce(
+                Problem(
+                    key=one.key,
+                    value=one.requested,
+                    why=f"did not take effect: {one.effective} is in force ({one.how})",
+                    fix="report this: soup or a library under it dropped the setting",
+                )
+                for one in wrong
+            )
+    except BaseException:
+        for tracker in opened:
+            tracker.finish("failed")
+        raise
+    return opened
+
+
+def _settled(spec: TrackerSpec, tracker: Tracker) -> Iterator[Effect]:
+    for key, effective in tracker.in_force().items():
+        requested = spec.settings[key]
+        left_open = requested is None or requested == "auto"
+        ok = left_open or requested == effective
+        yield Effect(
+            f"tracking.{spec.name}.{key}", requested, effective, ok, f"read from the open {spec.name}"
+        )
 
 
 def _netrc_has(host: str) -> bool:

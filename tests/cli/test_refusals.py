@@ -66,7 +66,6 @@ CASES = {
         "hydra.run.dir=x: soup does not read",
         "drop",
     ),
-    "a command not built": (["doctor"], "doctor: not available yet", "soup --help"),
     "a bad flag": (["--cfg", "jb"], "command line: argument --cfg", "soup --help"),
     "an unknown section to show": (
         ["--cfg", "job", "-p", "nope"],

@@ -1,0 +1,1 @@
+"""Configurations of other tools as experiments of soup: one table for each tool, in a file of its own."""
