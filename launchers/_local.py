@@ -23,7 +23,7 @@ from soup.cli.process import threads, variables
 from soup.cli.table import summary
 from soup.device import gpus, resolve, slots
 from soup.record import Run, read_json, write_json
-from soup.sweep import DONE, Sweep, SweepPoint
+from soup.sweep import Sweep, SweepPoint
 from soup.train.stopper import BUSY, INTERRUPTED
 
 LOOK_S = 0.2  # between looks at what runs have printed
@@ -84,13 +84,14 @@ class Queue:
 
     def __init__(self, sweep: Sweep, say: Say, only: Sequence[str] | None):
         self.sweep, self.say = sweep, say
+        self.done = sweep.done
         self.begun = time.time()
         points = sweep.points()
         self.number = {point.run: number for number, point in enumerate(points, 1)}
         self.point = {point.run: point for point in points}
         chosen = [point for point in points if only is None or point.run in only]
         states = {point.run: sweep.run(point).state() for point in chosen}
-        self.todo = deque(point for point in chosen if states[point.run] not in (*DONE, "running"))
+        self.todo = deque(point for point in chosen if states[point.run] not in (*self.done, "running"))
         self.elsewhere = [point for point in chosen if states[point.run] == "running"]
         self.looked = 0.0
         settings = sweep.record()["settings"]
@@ -126,7 +127,7 @@ class Queue:
         while self.todo and self.free and not self.asked:
             point = self.todo[0]
             run = self.sweep.run(point)
-            if run.state() in DONE:  # by another process, meanwhile
+            if run.state() in self.done:  # by another process, meanwhile
                 self.todo.popleft()
                 continue
             tree = run.tree()
@@ -210,7 +211,7 @@ class Queue:
                 continue
             self.elsewhere.remove(point)
             ended = state not in ("new", "interrupted") and run.result_file.stat().st_mtime > self.begun
-            if not ended and state not in DONE:
+            if not ended and state not in self.done:
                 self.todo.append(point)
 
     def _show(self) -> None:

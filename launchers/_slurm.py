@@ -24,7 +24,7 @@ from soup.errors import Problem, Refused
 from soup.record import Run, now, write_json
 from soup.slurm import Submission
 from soup.specs import LaunchSpec
-from soup.sweep import DONE, Sweep, SweepPoint
+from soup.sweep import Sweep, SweepPoint
 
 ARRAY = 1000  # jobs of one array: SLURM's default MaxArraySize is 1001
 POLL_S = (1.0, 10.0)  # between two looks at the queue: at first, and at most
@@ -58,7 +58,7 @@ def start(sweep: Sweep, say: Say, only: Sequence[str] | None = None) -> int:
     dry = any(one.resources["dry_run"] for one in points)
     with FileLock(sweep.folder.parent / LOCK):  # two commands at once do not both submit a point
         waiting = {} if dry else slurm.queued(sweep.root)
-        done = [one for one in points if one.run.state() in DONE]
+        done = [one for one in points if one.run.state() in sweep.done]
         rest = [one for one in points if one not in done and one.run.id not in waiting]
         code = snapshot.take((sweep.folder / "code").absolute())
         arrays = [

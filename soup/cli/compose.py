@@ -57,7 +57,7 @@ def drive(args: Namespace, action: Action) -> Any:
     Raises:
         Refused: with every problem found, before `action` is called.
     """
-    search, args.overrides = taken(args.overrides, multirun=args.multirun)
+    search, args.pruner, args.overrides = taken(args.overrides, multirun=args.multirun)
     with hydra(args) as engine:
         if not args.multirun:
             cfg = engine.compose_config(args.config_name, args.overrides, RunMode.RUN)

@@ -65,6 +65,7 @@ def _one(where: Run, one: Checked, console: Any) -> int:
         "new": "training",
         "running": "waiting for the process that runs",
         "interrupted": "continuing",
+        "pruned": "continuing what a sweep has stopped:",
     }.get(state, f"{state} before, trying again:")
     console.print(f"{verb} run {where.id} in {where.folder}")
     report = one.reports["train"]
