@@ -34,14 +34,7 @@ def multirun(
     """Shows all points, then runs those that are not finished; returns the exit status."""
     from soup.cli.loader import launcher
 
-    try:
-        ready = admitted(points, found)
-        _alike(ready)
-    except Refused:
-        elsewhere = [before.whereabouts(one) for one in found]
-        for line in before.table(points, found, elsewhere, pruner=args.pruner is not None):
-            say(line)
-        raise
+    ready = admit(points, found, args, say)
     runs = [settle(one) if isinstance(one, Checked) else None for one in found]
     for line in before.table(points, found, runs, pruner=args.pruner is not None):
         say(line)
@@ -57,6 +50,25 @@ def multirun(
         return status
     ended = results(sweep, say)
     return status or ended
+
+
+def admit(
+    points: Sequence[Point], found: Sequence[Checked | Refused], args: Namespace, say: Say
+) -> list[Checked]:
+    """The points that can work.
+
+    Raises:
+        Refused: some cannot, and are not to be left out; the table of all has been shown.
+    """
+    try:
+        ready = admitted(points, found)
+        alike(ready)
+    except Refused:
+        elsewhere = [before.whereabouts(one) for one in found]
+        for line in before.table(points, found, elsewhere, pruner=args.pruner is not None):
+            say(line)
+        raise
+    return ready
 
 
 def results(sweep: Sweep, say: Say) -> int:
@@ -105,7 +117,7 @@ def rank(last: Mapping[str, Any], objective: str) -> float:
     return sign(objective) * value if known else math.inf  # type: ignore[operator]
 
 
-def _alike(ready: Sequence[Checked]) -> None:
+def alike(ready: Sequence[Checked]) -> None:
     """What a sweep has one of."""
     problems = []
     for key in ("root", "objective"):
