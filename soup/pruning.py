@@ -142,7 +142,7 @@ def of(run: Run) -> Pruner | None:
     if sweep is None:
         return None
     found = Sweep(run.folder.parent / FOLDER / sweep)
-    return Pruner(found, run) if found.pruned else None
+    return Pruner(found, run) if found.file.is_file() and found.pruned else None
 
 
 def _ask(
