@@ -21,12 +21,12 @@ from submitit import JobEnvironment
 from submitit.core.utils import DelayedSubmission
 from submitit.helpers import Checkpointable
 
+from soup import pruning
 from soup.cli.process import variables
-from soup.record import Run, environment, now, read_json, write_json
+from soup.record import DONE, Run, environment, now, read_json, write_json
 
 POLL_S = 0.1
 SPARE_S = 10  # before the time limit: a run that has not stopped by then is requeued as it is
-GOOD = ("finished", "pruned")
 
 
 class Train(Checkpointable):
@@ -49,7 +49,7 @@ class Train(Checkpointable):
         signal.signal(signal.SIGTERM, self._ask)
         self._note_restart(run)
         _forget_half_written()
-        if run.state() not in GOOD:
+        if run.state() not in _good(run):
             if self._restarts() > self.requeues:
                 self._give_up(run)
             status = self._train(run, requeue)
@@ -101,7 +101,7 @@ class Train(Checkpointable):
     def _after(self, run: Run, status: int, requeue: Any) -> None:
         """What the job comes to, now that the training process is gone."""
         state = run.state()
-        if state in GOOD:
+        if state in _good(run):
             return
         if self._asked and state != "diverged":
             # A grace period after a preemption leaves the job RUNNING, and it would not be requeued if it ended
@@ -142,6 +142,11 @@ class Train(Checkpointable):
     @staticmethod
     def _restarts() -> int:
         return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def _good(run: Run) -> tuple[str, ...]:
+    """States in which nothing is left to do: a run that another sweep has pruned goes on where nothing prunes."""
+    return DONE if pruning.of(run) else ("finished",)
 
 
 def _end(why: str) -> NoReturn:

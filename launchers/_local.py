@@ -23,7 +23,7 @@ from soup.cli.process import threads, variables
 from soup.cli.table import summary
 from soup.device import gpus, resolve, slots
 from soup.record import Run, read_json, write_json
-from soup.sweep import DONE, Sweep, SweepPoint
+from soup.sweep import Sweep, SweepPoint
 from soup.train.stopper import BUSY, INTERRUPTED
 
 LOOK_S = 0.2  # between looks at what runs have printed
@@ -32,20 +32,20 @@ ELSEWHERE_S = 1.0  # and at runs that another process trains
 Say = Callable[[str], None]
 
 
-def start(sweep: Sweep, say: Say, only: Sequence[str] | None = None) -> int:
+def start(sweep: Sweep, say: Say, only: Sequence[str] | None = None, feed: Any = None) -> int:
     """Runs what is not finished, or starts a process that does; returns 130 where it was asked to stop, else 0.
 
-    `only`: ids of the runs to start.
+    `only`: ids of the runs to start. `feed`: has further points, once there is room (`soup.cli.study`).
     """
     if not sweep.record()["settings"]["wait"]:
         return _detach(sweep, say, only)
-    return work(sweep, say, only)
+    return work(sweep, say, only, feed)
 
 
-def work(sweep: Sweep, say: Say, only: Sequence[str] | None = None) -> int:
+def work(sweep: Sweep, say: Say, only: Sequence[str] | None = None, feed: Any = None) -> int:
     """Runs what is not finished, in this process."""
     with parents.registered(sweep):
-        return Queue(sweep, say, only).work()
+        return Queue(sweep, say, only, feed).work()
 
 
 def cancel(sweep: Sweep, say: Say) -> int:
@@ -82,15 +82,16 @@ def _detach(sweep: Sweep, say: Say, only: Sequence[str] | None) -> int:
 class Queue:
     """`todo`: points to start; `busy`: slot of each point that runs; `elsewhere`: what another process trains."""
 
-    def __init__(self, sweep: Sweep, say: Say, only: Sequence[str] | None):
-        self.sweep, self.say = sweep, say
+    def __init__(self, sweep: Sweep, say: Say, only: Sequence[str] | None, feed: Any = None):
+        self.sweep, self.say, self.feed = sweep, say, feed
+        self.done = sweep.done
         self.begun = time.time()
         points = sweep.points()
         self.number = {point.run: number for number, point in enumerate(points, 1)}
         self.point = {point.run: point for point in points}
         chosen = [point for point in points if only is None or point.run in only]
         states = {point.run: sweep.run(point).state() for point in chosen}
-        self.todo = deque(point for point in chosen if states[point.run] not in (*DONE, "running"))
+        self.todo = deque(point for point in chosen if states[point.run] not in (*self.done, "running"))
         self.elsewhere = [point for point in chosen if states[point.run] == "running"]
         self.looked = 0.0
         settings = sweep.record()["settings"]
@@ -108,7 +109,8 @@ class Queue:
     def work(self) -> int:
         with self._asked_to_stop():
             try:
-                while self.busy or ((self.todo or self.elsewhere) and not self.asked):
+                while self.busy or (not self.asked and (self._fed() or self.todo or self.elsewhere)):
+                    self._fed()
                     self._fill()
                     self._wait()
                     self._pass_on()
@@ -122,11 +124,24 @@ class Queue:
                     worker.close()
         return INTERRUPTED if self.asked else 0
 
+    def _fed(self) -> bool:
+        """Takes further points where there is room for them; whether there were any."""
+        room = len(self.free) - len(self.todo)
+        if self.feed is None or self.asked or room <= 0:
+            return False
+        going = {*self.busy, *(point.run for point in (*self.todo, *self.elsewhere))}
+        new = self.feed.more(room, going)
+        for point in new:
+            self.number.setdefault(point.run, len(self.number) + 1)
+            self.point[point.run] = point
+            self.todo.append(point)
+        return bool(new)
+
     def _fill(self) -> None:
         while self.todo and self.free and not self.asked:
             point = self.todo[0]
             run = self.sweep.run(point)
-            if run.state() in DONE:  # by another process, meanwhile
+            if run.state() in self.done:  # by another process, meanwhile
                 self.todo.popleft()
                 continue
             tree = run.tree()
@@ -210,7 +225,7 @@ class Queue:
                 continue
             self.elsewhere.remove(point)
             ended = state not in ("new", "interrupted") and run.result_file.stat().st_mtime > self.begun
-            if not ended and state not in DONE:
+            if not ended and state not in self.done:
                 self.todo.append(point)
 
     def _show(self) -> None:

@@ -24,7 +24,7 @@ from soup.errors import Problem, Refused
 from soup.record import Run, now, write_json
 from soup.slurm import Submission
 from soup.specs import LaunchSpec
-from soup.sweep import DONE, Sweep, SweepPoint
+from soup.sweep import Sweep, SweepPoint
 
 ARRAY = 1000  # jobs of one array: SLURM's default MaxArraySize is 1001
 POLL_S = (1.0, 10.0)  # between two looks at the queue: at first, and at most
@@ -46,19 +46,29 @@ class Wanted:
         return self.launch.slurm  # type: ignore[return-value]
 
 
-def start(sweep: Sweep, say: Say, only: Sequence[str] | None = None) -> int:
+def start(sweep: Sweep, say: Say, only: Sequence[str] | None = None, feed: Any = None) -> int:
     """Submits what is neither done nor in the queue; with `launch.wait` returns once no job is left.
 
-    Returns 130 where it was asked to wait no longer, else 0. `only`: ids of the runs to submit.
+    Returns 130 where it was asked to wait no longer, else 0. `only`: ids of the runs to submit. `feed`: has further
+    points, as jobs end (`soup.cli.study`).
 
     Raises:
         Refused: SLURM does not answer, or does not take the jobs.
     """
+    if feed is not None:
+        return _fed(sweep, say, only or (), feed)
     points = [_wanted(sweep, point) for point in sweep.points() if only is None or point.run in only]
+    _submit(sweep, points, say)
+    if all(one.launch.wait and not one.resources["dry_run"] for one in points):
+        return _wait(sweep, [one.run for one in points], say)
+    return 0
+
+
+def _submit(sweep: Sweep, points: Sequence[Wanted], say: Say) -> None:
     dry = any(one.resources["dry_run"] for one in points)
     with FileLock(sweep.folder.parent / LOCK):  # two commands at once do not both submit a point
         waiting = {} if dry else slurm.queued(sweep.root)
-        done = [one for one in points if one.run.state() in DONE]
+        done = [one for one in points if one.run.state() in sweep.done]
         rest = [one for one in points if one not in done and one.run.id not in waiting]
         code = snapshot.take((sweep.folder / "code").absolute())
         arrays = [
@@ -71,7 +81,7 @@ def start(sweep: Sweep, say: Say, only: Sequence[str] | None = None) -> int:
                 say(
                     f"{array.script()}\nwritten to {array.submission.folder / 'script.sh'}; nothing is submitted"
                 )
-            return 0
+            return
         jobs = [array.send() for array in arrays]
     queued = len(points) - len(done) - len(rest)
     say(
@@ -80,9 +90,34 @@ def start(sweep: Sweep, say: Say, only: Sequence[str] | None = None) -> int:
         + (f", {queued} in the queue already" if queued else "")
         + (f", {len(done)} done before" if done else "")
     )
-    if all(one.launch.wait for one in points):
-        return _wait(sweep, [one.run for one in points], say)
-    return 0
+
+
+def _fed(sweep: Sweep, say: Say, first: Sequence[str], feed: Any) -> int:
+    """Keeps as many jobs as the sweep may have, until there are no further points; returns 130 on Ctrl-C, else 0."""
+    most = sweep.record()["settings"]["array_parallelism"]
+    todo, mine, pause_s, silent = set(first), set(first), POLL_S[0], False
+    try:
+        while True:
+            try:
+                going = mine & slurm.queued(sweep.root).keys()
+                silent = False
+            except Refused as refused:  # a controller that restarts, for example
+                if not silent:
+                    say(f"{refused.problems[0].why}; asking again")
+                silent = True
+            else:
+                todo |= {point.run for point in feed.more(most - len(going | todo), going | todo)}
+                if todo:
+                    _submit(sweep, [_wanted(sweep, one) for one in sweep.points() if one.run in todo], say)
+                    mine |= todo
+                    todo, pause_s = set(), POLL_S[0]
+                elif not going:
+                    return 0
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 1.5, POLL_S[1])
+    except KeyboardInterrupt:
+        say(f"the jobs go on, and no further ones come; `soup cancel {sweep.id}` stops them")
+        return 130
 
 
 def cancel(sweep: Sweep, say: Say) -> int:

@@ -130,9 +130,9 @@ def tell(sweep: sweeps.Sweep, states: Mapping[str, str]) -> dict[str, tuple[str,
     if any(state in ("new", "interrupted") and run not in found for run, state in states.items()):
         with suppress(Refused):  # a cluster without slurmdbd has a queue and no accounts
             found = ended(sweep) | found
-    told = {}
+    told, done = {}, sweep.done
     for run, state in states.items():
-        if state in sweeps.DONE or run not in found:
+        if state in done or run not in found:
             continue
         job = found[run]
         if job.status in ("queued", "running"):

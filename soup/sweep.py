@@ -16,7 +16,18 @@ from typing import Any
 from soup.errors import Problem, RecordError, Refused
 from soup.record import DONE, Run, now, read_json, tail, write, write_json
 
-__all__ = ["DONE", "Sweep", "SweepPoint", "every", "find", "last_metrics", "record", "update"]
+__all__ = [
+    "DONE",
+    "Sweep",
+    "SweepPoint",
+    "every",
+    "find",
+    "last_metrics",
+    "metric",
+    "record",
+    "sign",
+    "update",
+]
 
 FOLDER = "sweeps"
 
@@ -74,8 +85,23 @@ class Sweep:
         """launch=local, wait=false: what the process that runs the sweep prints."""
         return self.folder / "log.txt"
 
+    @property
+    def objective(self) -> str:
+        return self.record()["objective"]
+
+    @property
+    def pruned(self) -> bool:
+        """Whether it stops bad points early."""
+        return self.record().get("pruner") is not None
+
+    @property
+    def done(self) -> tuple[str, ...]:
+        """States of runs that are not trained again; without a pruner, one that was pruned elsewhere goes on."""
+        return DONE if self.pruned else ("finished",)
+
     def record(self) -> dict[str, Any]:
-        """sweep.json: id, created, command, launch (a name), settings (its section), objective, points, invalid."""
+        """sweep.json: id, created, command, launch (a name), settings (its section), objective, pruner, points,
+        invalid."""
         found = read_json(self.file)
         if found is None:
             raise RecordError(f"{self.file}: there is no such file")
@@ -104,6 +130,16 @@ class Sweep:
         return {point.run: self.run(point).state() for point in self.points()}
 
 
+def metric(objective: str) -> str:
+    """The logged metric that an objective names: `-reward` is the largest reward first."""
+    return objective.removeprefix("-")
+
+
+def sign(objective: str) -> int:
+    """1 where small values are good, -1 where large ones are."""
+    return -1 if objective.startswith("-") else 1
+
+
 def sweep_id(runs: Sequence[str], launch: str) -> str:
     """12 hexadecimal digits: the same runs under the same launcher are the same sweep."""
     return hashlib.sha256(json.dumps([sorted(runs), launch]).encode()).hexdigest()[:12]
@@ -117,16 +153,19 @@ def record(
     objective: str,
     points: Sequence[SweepPoint],
     invalid: Sequence[Mapping[str, Any]] = (),
+    pruner: Mapping[str, Any] | None = None,
+    identity: str | None = None,
 ) -> Sweep:
     """Writes sweep.json, and returns the sweep; one that is there keeps its time of creation.
 
     `settings`: the launch section, with its `name`. `invalid`: {overrides, why} of points that were left out.
+    `pruner`: its name and knobs. `identity`: the sweep's id, where its runs are not known beforehand.
 
     Raises:
         Refused: `root` cannot be written.
     """
     launch = settings["name"]
-    sweep = Sweep(root / FOLDER / sweep_id([point.run for point in points], launch))
+    sweep = Sweep(root / FOLDER / (identity or sweep_id([point.run for point in points], launch)))
     try:
         sweep.folder.mkdir(parents=True, exist_ok=True)
         before = read_json(sweep.file) or {}
@@ -141,6 +180,7 @@ def record(
             "launch": launch,
             "settings": dict(settings),
             "objective": objective,
+            "pruner": None if pruner is None else dict(pruner),
             "invalid": list(invalid),
         }
         # A line for each point: half the size, and readable.

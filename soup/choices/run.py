@@ -12,5 +12,5 @@ Name = Annotated[str, Len(1)]
 
 
 def run(*, root: Name, name: Name | None, objective: Name, resume: Literal["auto", "never"]) -> RunSpec:
-    """`objective`: the logged metric that a sweep sorts by, smallest first."""
+    """`objective`: the logged metric that a sweep sorts and prunes by, smallest first; after a minus, largest first."""
     return RunSpec(root=root, name=name, objective=objective, resume=resume)

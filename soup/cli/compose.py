@@ -24,7 +24,14 @@ from soup.cli.search import Search, taken
 from soup.errors import NotAvailableYet, Problem, Refused
 
 # What soup reads of Hydra's own settings; the process that trains never sees Hydra.
-HYDRA_KEYS = ("hydra.sweeper", "hydra/sweeper", "hydra/launcher", "hydra.searchpath", "hydra.mode")
+HYDRA_KEYS = (
+    "hydra.sweeper",
+    "hydra/sweeper",
+    "hydra/sweeper/sampler",
+    "hydra/launcher",
+    "hydra.searchpath",
+    "hydra.mode",
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,8 @@ def drive(args: Namespace, action: Action) -> Any:
     Raises:
         Refused: with every problem found, before `action` is called.
     """
-    search, args.overrides = taken(args.overrides, multirun=args.multirun)
+    args.study = None
+    search, args.pruner, args.overrides = taken(args.overrides, multirun=args.multirun)
     with hydra(args) as engine:
         if not args.multirun:
             cfg = engine.compose_config(args.config_name, args.overrides, RunMode.RUN)
@@ -162,6 +170,7 @@ def _sweep(engine: Hydra, args: Namespace, action: Action, search: Search) -> An
         nonlocal started
         _refuse_mixed(points, cfg, task_overrides)
         started = True
+        args.study = getattr(sweeper, "study", None)  # of hydra/sweeper=optuna
         statuses.append(action(points))
         return statuses[-1]
 

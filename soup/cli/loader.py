@@ -223,7 +223,8 @@ def _register_launchers() -> None:
     hydra#2359; drop the registration when it does.
     """
     _make_importable()
-    for module, name in (("local", "LocalLauncher"), ("slurm", "SlurmLauncher")):
+    plugins = (("local", "LocalLauncher"), ("slurm", "SlurmLauncher"), ("search", "OptunaSweeper"))
+    for module, name in plugins:
         Plugins.instance().register(getattr(importlib.import_module(f"{LAUNCHERS}.{module}"), name))
 
 

@@ -17,7 +17,7 @@ from soup.cli.status import error
 from soup.cli.table import lines, number, size
 from soup.errors import Problem, Refused
 from soup.record import Run
-from soup.sweep import DONE, Sweep, SweepPoint
+from soup.sweep import Sweep, SweepPoint, metric, sign
 
 FAILED = 1  # exit status
 PLANNED = ("peak_memory_bytes", "disk_bytes", "steps", "tokens", "parameters")
@@ -34,15 +34,9 @@ def multirun(
     """Shows all points, then runs those that are not finished; returns the exit status."""
     from soup.cli.loader import launcher
 
-    try:
-        ready = admitted(points, found)
-        _alike(ready)
-    except Refused:
-        for line in before.table(points, found, [before.whereabouts(one) for one in found]):
-            say(line)
-        raise
+    ready = admit(points, found, args, say)
     runs = [settle(one) if isinstance(one, Checked) else None for one in found]
-    for line in before.table(points, found, runs):
+    for line in before.table(points, found, runs, pruner=args.pruner is not None):
         say(line)
     sweep = _record(points, found, runs, args)
     say(f"\nsweep {sweep.id}: {_counts(sweep.states().values())}")
@@ -58,18 +52,39 @@ def multirun(
     return status or ended
 
 
+def admit(
+    points: Sequence[Point], found: Sequence[Checked | Refused], args: Namespace, say: Say
+) -> list[Checked]:
+    """The points that can work.
+
+    Raises:
+        Refused: some cannot, and are not to be left out; the table of all has been shown.
+    """
+    try:
+        ready = admitted(points, found)
+        alike(ready)
+    except Refused:
+        elsewhere = [before.whereabouts(one) for one in found]
+        for line in before.table(points, found, elsewhere, pruner=args.pruner is not None):
+            say(line)
+        raise
+    return ready
+
+
 def results(sweep: Sweep, say: Say) -> int:
     """Says what the runs came to, by the sweep's objective, and what failed; returns 1 where one is not finished."""
-    objective = sweep.record()["objective"]
+    objective, good = sweep.objective, sweep.done
+    name = metric(objective)
     listed = []
     for point in sweep.points():
         run = sweep.run(point)
         state, result = run.look()
         listed.append((point, run, state, result or {}))
-    done = [one for one in listed if one[2] in DONE]
-    done.sort(key=lambda one: rank(one[3], objective))
-    columns = dict.fromkeys((objective, "step", "loss", "eval_loss"))
-    say(f"\nby {objective}, smallest first:" if done else "\nno point finished")
+    done = [one for one in listed if one[2] in good]
+    done.sort(key=lambda one: (one[2] != "finished", rank(one[3], objective)))
+    columns = dict.fromkeys((name, "step", "loss", "eval_loss"))
+    first = "smallest" if sign(objective) > 0 else "largest"
+    say(f"\nby {name}, {first} first:" if done else "\nno point finished")
     rows = [
         (
             point.words,
@@ -81,10 +96,10 @@ def results(sweep: Sweep, say: Say) -> int:
     ]
     for line in lines(("point", "run", "", *columns), rows) if rows else ():
         say(line)
-    if done and all(objective not in one[3] for one in done):
+    if done and all(name not in one[3] for one in done):
         logged = sorted(key for key, value in done[0][3].items() if isinstance(value, int | float))
-        say(f"no point logged {objective}; run.objective may be one of: {', '.join(logged)}")
-    left = [one for one in listed if one[2] not in DONE]
+        say(f"no point logged {name}; run.objective may be one of: {', '.join(logged)}")
+    left = [one for one in listed if one[2] not in good]
     if left:
         say(f"\n{len(left)} of {len(listed)} points did not finish:")
         for line in lines(
@@ -97,11 +112,12 @@ def results(sweep: Sweep, say: Say) -> int:
 
 def rank(last: Mapping[str, Any], objective: str) -> float:
     """Where a run stands among others: its objective, or behind all where it has none."""
-    value = last.get(objective)
-    return value if isinstance(value, int | float) and not math.isnan(value) else math.inf
+    value = last.get(metric(objective))
+    known = isinstance(value, int | float) and not math.isnan(value)
+    return sign(objective) * value if known else math.inf  # type: ignore[operator]
 
 
-def _alike(ready: Sequence[Checked]) -> None:
+def alike(ready: Sequence[Checked]) -> None:
     """What a sweep has one of."""
     problems = []
     for key in ("root", "objective"):
@@ -143,6 +159,7 @@ def _record(
         command=args.argv,
         settings=settings,
         objective=config.run.objective,
+        pruner=args.pruner,
         points=list(listed.values()),
         invalid=invalid,
     )

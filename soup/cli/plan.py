@@ -28,7 +28,7 @@ def plan(points: Sequence[Point], args: Namespace) -> int:
         rows = [_row(*each) for each in zip(points, found, runs, strict=True)]
         print(json.dumps(rows, indent=2))
     else:
-        print("\n".join(table(points, found, runs)))
+        print("\n".join(table(points, found, runs, pruner=args.pruner is not None)))
     admitted(points, found)  # refuses, with the reasons, unless launch.invalid=skip
     return 0
 

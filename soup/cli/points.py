@@ -17,7 +17,6 @@ STANDS_IN = ("model", "lengths")  # notes of a plan for a model that is not on t
 MEASURED = 20  # finished runs that are read to predict times
 STATES = {
     "finished": "finished: skipped",
-    "pruned": "pruned: skipped",
     "failed": "failed: tried again",
     "diverged": "diverged: tried again",
     "running": "runs in another process",
@@ -25,9 +24,16 @@ STATES = {
 
 
 def table(
-    points: Sequence[Point], found: Sequence[Checked | Refused], runs: Sequence[Run | None]
+    points: Sequence[Point],
+    found: Sequence[Checked | Refused],
+    runs: Sequence[Run | None],
+    *,
+    pruner: bool,
 ) -> list[str]:
-    """A line for each point. `runs`: the run of each, `None` of one that is invalid or whose model is elsewhere."""
+    """A line for each point. `runs`: the run of each, `None` of one that is invalid or whose model is elsewhere.
+
+    `pruner`: whether the sweep has one.
+    """
     pace = _pace(found, runs)
     first: dict[Path, int] = {}
     rows, reasons = [], []
@@ -44,7 +50,7 @@ def table(
         rows.append(
             (
                 words,
-                "new" if run is None else describe(run),
+                "new" if run is None else describe(run, pruner=pruner),
                 size(plan.peak_memory_bytes),
                 f"{plan.steps}",
                 f"{plan.tokens:,}",
@@ -70,13 +76,15 @@ def whereabouts(one: Checked | Refused) -> Run | None:
     return run
 
 
-def describe(run: Run) -> str:
-    """The state of a run, and what will be done about it."""
+def describe(run: Run, *, pruner: bool) -> str:
+    """The state of a run, and what will be done about it. `pruner`: whether the sweep has one."""
     state = run.state()
-    if state == "interrupted":
+    if state == "pruned" and pruner:
+        return "pruned: skipped"
+    if state in ("interrupted", "pruned"):
         checkpoint = run.last_checkpoint()
         after = f" after step {checkpoint.name.rpartition('-')[2]}" if checkpoint else " from its first step"
-        return f"interrupted: resumes{after}"
+        return f"{state}: resumes{after}"
     return STATES.get(state, state)
 
 

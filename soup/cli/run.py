@@ -31,6 +31,10 @@ def run(points: Sequence[Point], args: Namespace) -> int:
     found = checked(points, train=True)
     if hint := hints.unsloth([one for one in found if isinstance(one, Checked)]):
         Console(stderr=True, highlight=False).print(hint, soft_wrap=True)
+    if args.study is not None:
+        from soup.cli.study import search
+
+        return search(args.study, points, found, args, settle, say)
     if len(points) > 1 or args.multirun or not _here(found[0]):
         return multirun(points, found, args, settle, say)
     (one,) = admitted(points, found)
@@ -65,6 +69,7 @@ def _one(where: Run, one: Checked, console: Any) -> int:
         "new": "training",
         "running": "waiting for the process that runs",
         "interrupted": "continuing",
+        "pruned": "continuing what a sweep has stopped:",
     }.get(state, f"{state} before, trying again:")
     console.print(f"{verb} run {where.id} in {where.folder}")
     report = one.reports["train"]

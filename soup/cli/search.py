@@ -4,6 +4,12 @@ sweep.zip=[lora.r,lora.alpha]   these keys take their first values together, the
 sweep.random=20                 that many points drawn from the product; interval(a,b) is drawn uniformly, and
                                 tag(log,interval(a,b)) uniformly in its logarithm
 sweep.seed=0                    of the draw: 30 points begin with the 20 of the same seed
+sweep.pruner=median             stops bad points early, by Optuna's pruners, whatever chose the points:
+    sweep.n_startup_trials=5    median: only once so many have finished
+    sweep.n_warmup_steps=0      and not before this optimizer step
+sweep.pruner=halving            successive halving
+    sweep.min_resource=50       from this step on, needed
+    sweep.reduction_factor=4    the best quarter of the points at this step goes on, then at 4 times that step, ...
 """
 
 from __future__ import annotations
@@ -19,8 +25,10 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import IntervalSweep, Override
 
 from soup.errors import Problem, Refused
+from soup.pruning import LEAST, chosen
 
-KEYS = ("sweep.zip", "sweep.random", "sweep.seed")
+PRUNING = ("pruner", *LEAST)
+KEYS = ("sweep.zip", "sweep.random", "sweep.seed", *(f"sweep.{name}" for name in PRUNING))
 Words = tuple[str, ...]
 Axis = Sequence[Words] | Callable[[random.Random], Words]  # values, or how one is drawn
 
@@ -78,8 +86,8 @@ class Search:
         return list(found)
 
 
-def taken(overrides: Sequence[str], *, multirun: bool) -> tuple[Search, list[str]]:
-    """The search that a command line asks for, and its other overrides.
+def taken(overrides: Sequence[str], *, multirun: bool) -> tuple[Search, dict[str, Any] | None, list[str]]:
+    """The search that a command line asks for, the pruner, and its other overrides.
 
     Raises:
         Refused: a `sweep.` word that means nothing, or one without a sweep.
@@ -116,7 +124,8 @@ def taken(overrides: Sequence[str], *, multirun: bool) -> tuple[Search, list[str
         numbers[key] = int(value)
     if problems:
         raise Refused(problems)
-    return Search(tuple(zipped), numbers.get("sweep.random"), numbers.get("sweep.seed", 0)), rest
+    pruner = chosen({name: given[f"sweep.{name}"] for name in PRUNING if f"sweep.{name}" in given})
+    return Search(tuple(zipped), numbers.get("sweep.random"), numbers.get("sweep.seed", 0)), pruner, rest
 
 
 def _interval(key: str, interval: IntervalSweep) -> Callable[[random.Random], Words]:

@@ -16,7 +16,7 @@ from soup import sweep as sweeps
 from soup.cli.table import lines, number
 from soup.errors import Problem, Refused
 from soup.record import Run
-from soup.sweep import Sweep, SweepPoint
+from soup.sweep import Sweep, SweepPoint, metric, sign
 
 SHOWN = 50  # points; of more only what runs, what failed, and the best
 BEST = 10
@@ -49,7 +49,7 @@ def look(sweep: Sweep, *, whole: bool = True) -> dict[str, Any]:
     Without `whole`, of many points only those that run, that ended badly, and the best.
     """
     record = sweep.record()
-    there, objective = parents.alive(sweep), record["objective"]
+    there, objective = parents.alive(sweep), metric(record["objective"])
     points = sweep.points()
     looks = [sweep.run(point).look() for point in points]
     names = ["waiting" if state == "new" and there else state for state, _ in looks]
@@ -65,7 +65,7 @@ def look(sweep: Sweep, *, whole: bool = True) -> dict[str, Any]:
     names = [
         told[point.run][0] if point.run in told else name for point, name in zip(points, names, strict=True)
     ]
-    chosen = range(len(points)) if whole or len(points) <= SHOWN else _chosen(looks, objective)
+    chosen = range(len(points)) if whole or len(points) <= SHOWN else _chosen(looks, record["objective"])
     return {
         "id": sweep.id,
         "launch": record["launch"],
@@ -98,7 +98,7 @@ def _details(
     last = result or sweeps.last_metrics(run, objective)
     told = {"step": last.get("step"), "steps": last.get("steps", point.planned.get("steps"))}
     told[objective] = last.get(objective)
-    if state in BAD:
+    if state in (*BAD, "pruned"):
         told["error"] = error(run, state, last)
     return told
 
@@ -147,10 +147,11 @@ def _chosen(looks: list[tuple[str, dict[str, Any] | None]], objective: str) -> l
     def those(*states: str) -> list[int]:
         return [place for place, (state, _) in enumerate(looks) if state in states][:SHOWN]
 
+    name = metric(objective)
     scored = [
-        (result[objective], place)
+        (sign(objective) * result[name], place)
         for place, (state, result) in enumerate(looks)
-        if state == "finished" and isinstance(result.get(objective), int | float)
+        if state == "finished" and isinstance(result.get(name), int | float)
     ]
     return [*those("running"), *those(*BAD), *(place for _, place in sorted(scored)[:BEST])]
 

@@ -9,7 +9,7 @@ from soup import sweep as sweeps
 from soup.cli.loader import launcher
 from soup.cli.multirun import results
 from soup.errors import Problem, Refused
-from soup.sweep import DONE, Sweep
+from soup.sweep import Sweep
 
 
 def named(words: list[str], args: Namespace) -> Sweep:
@@ -32,7 +32,7 @@ def retry(words: list[str], args: Namespace) -> int:
     """Runs what is not finished, failed points too, as the sweep was last given; returns the exit status."""
     sweep = named(words, args)
     record, states = sweep.record(), sweep.states()
-    left = [run for run, state in states.items() if state not in DONE]
+    left = [run for run, state in states.items() if state not in sweep.done]
     if not left:
         say(f"all {len(states)} points of sweep {sweep.id} are finished")
         return 0

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from soup import pruning
 from soup.device import resolve
 from soup.effects import NotInForce, to_json
 from soup.errors import RecordError, Refused
@@ -27,7 +28,7 @@ from soup.schema import check
 from soup.train.stopper import BUSY, INTERRUPTED, Stopper
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
-EXIT = {"finished": 0, "interrupted": INTERRUPTED}
+EXIT = {"finished": 0, "pruned": 0, "interrupted": INTERRUPTED}
 
 
 class Terminal(io.TextIOWrapper):
@@ -62,7 +63,7 @@ def main(words: list[str], *, parent: int | None = None) -> int:
             return INTERRUPTED if stopper.asked else BUSY
         console = Console(file=stream)
         try:
-            if (run.result() or {}).get("status") == "finished":
+            if (run.result() or {}).get("status") in ("finished", *(("pruned",) if pruning.of(run) else ())):
                 return 0  # another process finished it while this one waited for the lock
             return _prove(run) if prove_only else _train(run, console, stopper)
         except Refused as refused:

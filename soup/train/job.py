@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from soup import effects
+from soup import effects, pruning
 from soup.device import resolve
 from soup.errors import Problem, Refused
 from soup.inputs import content
@@ -19,6 +20,7 @@ from soup.train.callbacks import Loop, Recorder
 from soup.train.finish import save_model
 from soup.train.memory import peak_memory_bytes
 from soup.train.progress import Display
+from soup.train.pruning import Early
 from soup.train.stopper import Stopper
 from soup.train.tracking import open_trackers
 from soup.train.trainer import cut_metrics
@@ -57,12 +59,18 @@ def train(run: Run, display: Display, stopper: Stopper) -> str:
     trainer.rate_factor = rate(run)
     trainer.add_callback(Loop(trainer, stopper, checkpoint))
     trainer.add_callback(Recorder(run, display, trackers))
+    early = _early(run, checkpoint)
+    if early is not None:
+        trainer.add_callback(early)
     status = "failed"
     try:
         try:
-            if stopper.asked is None:
+            if stopper.asked is None and (early is None or early.why is None):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             status, details = _outcome(trainer, stopper, run)
+            if early is not None and early.why is not None:
+                say(f"pruned: {early.why}")
+                status, details = "pruned", {**details, "error": early.why}
         except Diverged as diverged:
             back = roll_back(run, diverged) if trainer.watchdog.rolls_back else None
             if back is not None:
@@ -78,6 +86,16 @@ def train(run: Run, display: Display, stopper: Stopper) -> str:
         for tracker in trackers:
             tracker.finish(status)
     return status
+
+
+def _early(run: Run, checkpoint: Path | None) -> Early | None:
+    """What stops a bad point of a sweep, which may have said so just before a crash."""
+    pruner = pruning.of(run)
+    if pruner is None:
+        return None
+    early = Early(pruner)
+    early.why = pruner.over(0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
+    return early
 
 
 class _Stopped(Exception):

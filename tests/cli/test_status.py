@@ -196,6 +196,7 @@ def test_results_come_by_their_objective_and_failures_with_their_error(tmp_path)
         settings={"name": "local", "wait": True, "slots": 1},
         objective="score",
         points=points,
+        pruner={"name": "median"},
     )
     for name, score in scores.items():
         (tmp_path / name).mkdir()
@@ -207,5 +208,14 @@ def test_results_come_by_their_objective_and_failures_with_their_error(tmp_path)
     done = said[: said.index("\n1 of 5 points did not finish:")]
     assert [line.split()[0] for line in done[2:]] == ["x=c", "x=a", "x=b", "x=d"]
     assert said[-1].split(maxsplit=3) == ["x=bad", "bad", "failed", "ValueError: why"]
-    Run(tmp_path / "bad").finish("pruned")
+    Run(tmp_path / "bad").finish("pruned", score=0.5)
+    said.clear()
     assert results(made, said.append) == 0
+    assert [line.split()[0] for line in said[2:]] == ["x=c", "x=a", "x=b", "x=d", "x=bad"], "it went less far"
+    sweep.record(tmp_path, command=[], settings=made.record()["settings"], objective="-score", points=points)
+    said.clear()
+    assert results(made, said.append) == 1, "without a pruner it is not done"
+    assert said[0] == "\nby score, largest first:" and [line.split()[0] for line in said[2:4]] == [
+        "x=a",
+        "x=c",
+    ]
