@@ -11,6 +11,7 @@ from soup.report.point import Point, number
 
 TICKS = 8
 DECADE = 10.0
+APART = 0.06  # of an axis
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,11 @@ def _numbers(label: str, values: Sequence[float]) -> Axis:
         ends = (min(places), max(places))
         at = [ends[0] + (ends[1] - ends[0]) * part / 4 for part in range(5)]
         return Axis(label, places, tuple((one, f"{10**one if log else one:.3g}") for one in at))
-    return Axis(label, places, tuple((place, shown(one)) for place, one in distinct))
+    ticks: list[tuple[float, str]] = []
+    for place, one in distinct:  # labels that would lie over one another are left out
+        if not ticks or place - ticks[-1][0] >= APART * (max(places) - min(places)):
+            ticks.append((place, f"{one:.4g}"))
+    return Axis(label, places, tuple(ticks))
 
 
 def _natural(name: str) -> tuple[float, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import math
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class Cell:
     text: str
     sort: Any = None
     number: bool = False
+    badge: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def _page(content: Content, detail: Detail) -> str:
         library=_packed(get_plotlyjs()),
         data=_packed(json.dumps(_data(content, detail.budget), separators=(",", ":"), allow_nan=False)),
         columns=_columns(content),
-        rows=[Row(one, tuple(_cells(content, one)), one is content.best) for one in content.points],
+        rows=[Row(one, tuple(_cells(content, one)), one is content.best) for one in _sorted(content)],
+        largest_first=content.objective.startswith("-"),
         in_full=shown_in_full,
         left_out=len(content.points) - len(shown_in_full),
         facts=_facts,
@@ -141,11 +144,11 @@ def _columns(content: Content) -> list[str]:
         *named,
         *content.keys,
         content.metric,
+        "state",
         "step",
         "tokens/s",
         "memory planned",
         "memory measured",
-        "state",
         "run",
     ]
 
@@ -165,6 +168,7 @@ def _cells(content: Content, point: Point) -> Iterator[Cell]:
         yield Cell("" if found is None else shown(found), found if number else shown(found), number)
     own = point.value if point.objective == content.objective else None
     yield Cell("" if own is None else rounded(own), own, True)
+    yield Cell(point.state, point.state, badge=True)
     step = "" if point.step is None else f"{point.step}/{point.steps or '?'}"
     yield Cell(step, point.step, True)
     speed = point.tokens_per_s
@@ -177,10 +181,8 @@ def _in_full(content: Content, most: int) -> list[Point]:
     """Points that get a section of their own: what failed and the best before the rest, in their order."""
     if len(content.points) <= most:
         return list(content.points)
-    chosen = dict.fromkeys(
-        [*content.ranked[: most // 2], *content.failures, *content.ranked, *content.points]
-    )
-    kept = {one.id for one in list(chosen)[:most]}
+    chosen = [*content.ranked[: most // 2], *content.failures, *content.ranked, *content.points]
+    kept = set(list(dict.fromkeys(one.id for one in chosen))[:most])
     return [one for one in content.points if one.id in kept]
 
 
@@ -225,6 +227,12 @@ def _summaries(content: Content) -> dict[str, str]:
             "The table of points has the same numbers."
         )
     return told
+
+
+def _sorted(content: Content) -> list[Point]:
+    """As the table begins: by the objective, the best first; what has no value in its own order, last."""
+    goal = content.objective
+    return sorted(content.points, key=lambda one: one.rank if one.objective == goal else math.inf)
 
 
 def _which(content: Content) -> str:

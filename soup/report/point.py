@@ -50,7 +50,9 @@ class Point:
     @property
     def name(self) -> str:
         """What a person calls it."""
-        return self.words or str(self.settings.get("run.name") or self.settings.get("task.name") or self.id)
+        return self.words or str(
+            self.settings.get("run.name") or f"{self.settings.get('task.name', 'run')} {self.id}"
+        )
 
     @property
     def metric(self) -> str:
@@ -65,7 +67,7 @@ class Point:
 
     @property
     def bad(self) -> bool:
-        return self.state in (*BAD, UNREADABLE)
+        return self.state in (*BAD, UNREADABLE, GONE)
 
     @property
     def step(self) -> int | None:
@@ -91,7 +93,7 @@ class Point:
         return median(found) if found else None
 
 
-UNREADABLE = "unreadable"
+UNREADABLE, GONE = "unreadable", "gone"
 
 
 def read(place: int, run: Run, point: SweepPoint | None, objective: str | None = None) -> Point:
@@ -100,7 +102,7 @@ def read(place: int, run: Run, point: SweepPoint | None, objective: str | None =
     if not run.exists():
         why = f"{run.folder} is not there" if not run.folder.is_dir() else f"{run.config} is not there"
         return Point(
-            number=place, run=run, words=words, state="gone", objective=objective or "eval_loss", error=why
+            number=place, run=run, words=words, state=GONE, objective=objective or "eval_loss", error=why
         )
     try:
         state, result = run.look()

@@ -52,7 +52,7 @@ class Folders:
                 node = node[part]
             node[leaf] = value
         run = record.place(self.root, name, tree, resume="auto")
-        record.write_json(run.plan, PLANNED)
+        record.write_json(run.plan, PLANNED | {"steps": 2 * lines})
         if state == "new":
             return run
         record.write_json(run.environment, ENVIRONMENT)
@@ -67,10 +67,10 @@ class Folders:
         for line in logged:
             last |= line
         if state in ("finished", "pruned"):
-            run.finish(state, **last | {"steps": 60})
+            run.finish(state, **last | {"steps": 2 * lines})
         elif state in ("failed", "diverged"):
             run.finish(
-                state, error=error, traceback="Traceback", **{"step": last.get("step", 0), "steps": 60}
+                state, error=error, traceback="Traceback", **{"step": last.get("step", 0), "steps": 2 * lines}
             )
         return run
 

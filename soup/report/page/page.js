@@ -72,7 +72,8 @@
   const settings = { smoothing: 0, axis: 0, log: false };
   const plots = [0, 1].map((number) => $(`plot-${number}`)).filter(Boolean);
   const OPTIONS = { responsive: true, displaylogo: false, doubleClick: "reset", displayModeBar: coarse.matches ? false : "hover",
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "toImage"] };
+    // What sends a chart to Plotly's servers is not for here.
+    modeBarButtonsToRemove: ["sendChartToCloud", "downloadJson", "toImage", "select2d", "lasso2d", "autoScale2d"] };
 
   function smoothed(values, weight) {
     if (!weight) return values;
