@@ -36,6 +36,11 @@ COMMANDS = {
     "status": Command(
         "soup.cli.status:status", "[SWEEP] [--watch]: where a sweep stands", composes=False, json=True
     ),
+    "report": Command(
+        "soup.cli.report:report",
+        "[RUN|SWEEP ...] [--out FILE]: runs on one page, and a picture",
+        composes=False,
+    ),
     "logs": Command("soup.cli.logs:logs", "[-f] [SWEEP] [POINT]: what its runs say", composes=False),
     "cancel": Command("soup.cli.sweeps:cancel", "[SWEEP]: its runs save and stop", composes=False),
     "retry": Command("soup.cli.sweeps:retry", "[SWEEP]: run what is not finished", composes=False),
@@ -202,13 +207,13 @@ def _misused_flags(args: Namespace, command: Command) -> list[Problem]:
         ("quantized", "runs", "runs export"),
         ("watch", "status", ""),
         ("follow", "logs", ""),
-        ("out", "import", ""),
+        ("out", "import report", "import` and `report"),
         ("from_tool", "import", ""),
         ("task", "import", ""),
         ("deepspeed", "import", ""),
         ("fsdp", "import", ""),
     ):
-        if getattr(args, flag) and args.command != command_:
+        if getattr(args, flag) and args.command not in command_.split():
             why = f"is for `{use or command_}` only"
             problems.append(Problem(key=f"--{flag.removesuffix('_tool')}", why=why, fix="drop it"))
     if args.experimental_rerun:

@@ -77,6 +77,7 @@ def test_the_wheel_holds_everything(wheel):
     carried = {str(path.relative_to(CHECKOUT)) for path in CHECKOUT.glob("soup/model/configs/*")}
     assert carried and carried <= names
     assert {f"hydra_plugins/soup_launchers/{path.name}" for path in CHECKOUT.glob("launchers/*.py")} <= names
+    assert {f"soup/report/page/page.{kind}" for kind in ("html", "css", "js")} <= names
     assert "soup/py.typed" in names
 
 
