@@ -80,7 +80,7 @@ def _detach(sweep: Sweep, say: Say, only: Sequence[str] | None) -> int:
 
 
 class Queue:
-    """`todo`: points to start; `busy`: slot of each point that runs; `elsewhere`: what another process trains."""
+    """`todo`: points to start; `busy`: slots of each point that runs; `elsewhere`: what another process trains."""
 
     def __init__(self, sweep: Sweep, say: Say, only: Sequence[str] | None, feed: Any = None):
         self.sweep, self.say, self.feed = sweep, say, feed
@@ -99,7 +99,7 @@ class Queue:
         self.slots = slots(settings["slots"], device)
         self.gpus = gpus() if device.kind == "cuda" else []
         self.free = list(range(self.slots))[::-1]
-        self.busy: dict[str, int] = {}
+        self.busy: dict[str, list[int]] = {}
         self.shown: dict[str, int] = {}  # bytes of console.txt, by run
         self.workers: dict[tuple[str, ...], Plain | Forked] = {}
         self.environment: dict[str, object] | None = None
@@ -145,18 +145,29 @@ class Queue:
                 self.todo.popleft()
                 continue
             tree = run.tree()
+            if len(self.free) < self._width(tree):
+                return
             worker = self._worker(run, tree)
             if worker is None:
                 return  # a server that is still importing
             self.todo.popleft()
-            slot = self.free.pop()
-            self.busy[run.id] = slot
+            slots = [self.free.pop() for _ in range(self._width(tree))]
+            self.busy[run.id] = slots
             self.shown[run.id] = run.console.stat().st_size if run.console.exists() else 0
             environment = {"SOUP_SWEEP": self.sweep.id, **variables(self._threads(run))}
-            if self.gpus and not _several_processes(tree):
-                environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
+            if self.gpus:
+                # Fewer slots than processes: such a run is alone, with as many GPUs as it needs.
+                count = tree["distributed"]["processes"]
+                own = [self.gpus[slot % len(self.gpus)] for slot in slots]
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(
+                    own if len(own) == count else self.gpus[:count]
+                )
             self._tell(point, f"{point.words}: run {run.id}")
             worker.start(run, environment)
+
+    def _width(self, tree: Mapping[str, Any]) -> int:
+        """Slots that a run takes: on GPUs one for each of its processes."""
+        return min(tree["distributed"]["processes"], self.slots) if self.gpus else 1
 
     def _worker(self, run: Run, tree: Mapping[str, Any]) -> Plain | Forked | None:
         """What starts the run, or `None` while that is not ready."""
@@ -203,7 +214,7 @@ class Queue:
     def _ended(self, point: SweepPoint, status: int) -> None:
         self._show()
         run = self.sweep.run(point)
-        self.free.append(self.busy.pop(run.id))
+        self.free.extend(self.busy.pop(run.id))
         if status == BUSY:
             self.elsewhere.append(point)
             self._tell(point, "another process trains it")

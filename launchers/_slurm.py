@@ -35,11 +35,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Wanted:
-    """A run, the resources that its job asks for, and the kind of device that it was checked for."""
+    """A run, the resources that its job asks for, the kind of device that it was checked for, and its processes."""
 
     run: Run
     launch: LaunchSpec
     device: str
+    processes: int = 1
 
     @property
     def resources(self) -> Mapping[str, Any]:
@@ -174,7 +175,7 @@ class Array(SlurmExecutor):
             task = DelayedSubmission(Train(str(run.folder.absolute()), **job))
             task.set_timeout(wanted["time"], self.max_num_timeout)
             task.dump(folder / f"{index}.pkl")
-        self.update_parameters(**_parameters(self.submission, wanted, points[0].device, code))
+        self.update_parameters(**_parameters(self.submission, wanted, points[0], code))
         self.parameters["map_count"] = len(runs)
         record = {"time": now(), "name": self.submission.name, "job": None, "code": str(code)}
         write_json(self.submission.file, record | {"runs": [run.id for run in runs]})
@@ -213,14 +214,16 @@ class Array(SlurmExecutor):
 
 def _wanted(sweep: Sweep, point: SweepPoint) -> Wanted:
     settings = {key: value for key, value in sweep.settings(point).items() if key != "name"}
-    return Wanted(sweep.run(point), choices.slurm(**settings), resolve(settings["device"]).kind)
+    run = sweep.run(point)
+    processes = run.tree()["distributed"]["processes"]
+    return Wanted(run, choices.slurm(**settings), resolve(settings["device"]).kind, processes)
 
 
 def _alike(points: Sequence[Wanted]) -> list[list[Wanted]]:
     """The points by what they ask of SLURM: the jobs of one array ask for the same."""
     groups: dict[str, list[Wanted]] = {}
     for one in points:
-        groups.setdefault(repr((sorted(one.resources.items()), one.device)), []).append(one)
+        groups.setdefault(repr((sorted(one.resources.items()), one.device, one.processes)), []).append(one)
     return list(groups.values())
 
 
@@ -234,9 +237,11 @@ def _new(sweep: Sweep, dry: bool) -> Submission:
     raise AssertionError("count() ends never")
 
 
-def _parameters(submission: Submission, wanted: Mapping[str, Any], device: str, code: Path) -> dict[str, Any]:
-    """What submitit writes into the script."""
-    gpus = wanted["gpus"] if wanted["gpus"] != "auto" else int(device == "cuda")
+def _parameters(
+    submission: Submission, wanted: Mapping[str, Any], like: Wanted, code: Path
+) -> dict[str, Any]:
+    """What submitit writes into the script. A run of several processes is one task, which starts them."""
+    gpus = wanted["gpus"] if wanted["gpus"] != "auto" else like.processes * (like.device == "cuda")
     given = {key: wanted[key] for key in ("partition", "account", "qos") if wanted[key] is not None}
     if wanted["mem_gb"] is not None:
         given["mem"] = f"{wanted['mem_gb']}GB"

@@ -17,6 +17,7 @@ from typing import Any
 from soup.errors import Problem, RecordError, Refused
 
 NOT_IDENTITY = ("run", "tracking", "launch")
+NOT_SPREAD = ("processes", "nodes", "timeout_s")  # of distributed
 FINAL = ("finished", "failed", "interrupted", "diverged", "pruned")
 DONE = ("finished", "pruned")  # what is never trained again
 
@@ -28,9 +29,7 @@ def run_id(tree: Mapping[str, Any], content: Mapping[str, str]) -> str:
     (`data.train`, `model.base`, a template file). soup's own source is part of every id.
     """
     kept = {key: node for key, node in tree.items() if key not in NOT_IDENTITY}
-    kept["distributed"] = {
-        key: value for key, value in tree["distributed"].items() if key not in ("processes", "nodes")
-    }
+    kept["distributed"] = {key: value for key, value in tree["distributed"].items() if key not in NOT_SPREAD}
     text = json.dumps([kept, dict(content), source_hash()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -147,10 +147,16 @@ class OptimSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedSpec(Spec):
-    """How the run is spread: processes on each of `nodes`, and what is sharded between all of them."""
+    """How the run is spread: processes on each of `nodes`, and what is sharded between all of them.
+
+    `timeout_s`: seconds that one process waits for another before it gives up. `spread`: what wraps the model, ddp,
+    deepspeed or fsdp; none for one process.
+    """
 
     processes: int
     nodes: int
+    timeout_s: int = 0
+    spread: str = "none"
     shards: tuple[str, ...] = ()  # of "weights", "gradients", "optimizer"
     offloads: tuple[str, ...] = ()
 

@@ -10,6 +10,7 @@ from soup.specs import DistributedSpec, Package
 
 Count = Annotated[int, Ge(1)]
 DEEPSPEED = (Package(distribution="deepspeed", extra="deepspeed"),)
+PROBES = ("distributed:patience",)
 ALL = ("weights", "gradients", "optimizer")
 
 
@@ -18,44 +19,80 @@ def none(*, processes: Annotated[int, Ge(1)], nodes: Count) -> DistributedSpec:
     return DistributedSpec(processes=processes, nodes=nodes)
 
 
-def ddp(*, processes: Count, nodes: Count) -> DistributedSpec:
+def ddp(*, processes: Count, nodes: Count, timeout_s: Count) -> DistributedSpec:
     """A full copy in each process, gradients averaged (arXiv:2006.15704)."""
-    return DistributedSpec(processes=processes, nodes=nodes)
-
-
-def zero2(*, processes: Count, nodes: Count) -> DistributedSpec:
-    """DeepSpeed ZeRO stage 2 (arXiv:1910.02054): optimizer state and gradients are partitioned."""
     return DistributedSpec(
-        processes=processes, nodes=nodes, shards=("gradients", "optimizer"), requires=DEEPSPEED
+        processes=processes, nodes=nodes, timeout_s=timeout_s, effects=PROBES, spread="ddp"
     )
 
 
-def zero3(*, processes: Count, nodes: Count) -> DistributedSpec:
+def zero2(*, processes: Count, nodes: Count, timeout_s: Count) -> DistributedSpec:
+    """DeepSpeed ZeRO stage 2 (arXiv:1910.02054): optimizer state and gradients are partitioned."""
+    return DistributedSpec(
+        processes=processes,
+        nodes=nodes,
+        timeout_s=timeout_s,
+        shards=("gradients", "optimizer"),
+        requires=DEEPSPEED,
+        spread="deepspeed",
+        effects=PROBES,
+    )
+
+
+def zero3(*, processes: Count, nodes: Count, timeout_s: Count) -> DistributedSpec:
     """DeepSpeed ZeRO stage 3: parameters are partitioned too."""
-    return DistributedSpec(processes=processes, nodes=nodes, shards=ALL, requires=DEEPSPEED)
+    return DistributedSpec(
+        processes=processes,
+        nodes=nodes,
+        timeout_s=timeout_s,
+        shards=ALL,
+        requires=DEEPSPEED,
+        spread="deepspeed",
+        effects=PROBES,
+    )
 
 
-def zero2_offload(*, processes: Count, nodes: Count) -> DistributedSpec:
+def zero2_offload(*, processes: Count, nodes: Count, timeout_s: Count) -> DistributedSpec:
     """ZeRO stage 2 with the optimizer and its state in host memory (arXiv:2101.06840)."""
     return DistributedSpec(
         processes=processes,
         nodes=nodes,
+        timeout_s=timeout_s,
         shards=("gradients", "optimizer"),
         offloads=("optimizer",),
         requires=DEEPSPEED,
+        spread="deepspeed",
+        effects=PROBES,
     )
 
 
-def fsdp_full_shard(*, processes: Count, nodes: Count) -> DistributedSpec:
+def fsdp_full_shard(*, processes: Count, nodes: Count, timeout_s: Count) -> DistributedSpec:
     """FSDP2 (arXiv:2304.11277): parameters, gradients and optimizer state sharded, resharded after forward."""
-    return DistributedSpec(processes=processes, nodes=nodes, shards=ALL)
+    return DistributedSpec(
+        processes=processes, nodes=nodes, timeout_s=timeout_s, spread="fsdp", effects=PROBES, shards=ALL
+    )
 
 
-def fsdp_shard_grad(*, processes: Count, nodes: Count) -> DistributedSpec:
+def fsdp_shard_grad(*, processes: Count, nodes: Count, timeout_s: Count) -> DistributedSpec:
     """FSDP2 that keeps gathered parameters between forward and backward: faster, more memory."""
-    return DistributedSpec(processes=processes, nodes=nodes, shards=("gradients", "optimizer"))
+    return DistributedSpec(
+        processes=processes,
+        nodes=nodes,
+        timeout_s=timeout_s,
+        spread="fsdp",
+        effects=PROBES,
+        shards=("gradients", "optimizer"),
+    )
 
 
-def fsdp_full_offload(*, processes: Count, nodes: Count) -> DistributedSpec:
+def fsdp_full_offload(*, processes: Count, nodes: Count, timeout_s: Count) -> DistributedSpec:
     """FSDP2 full sharding with parameters, gradients and optimizer state in host memory."""
-    return DistributedSpec(processes=processes, nodes=nodes, shards=ALL, offloads=ALL)
+    return DistributedSpec(
+        processes=processes,
+        nodes=nodes,
+        timeout_s=timeout_s,
+        spread="fsdp",
+        effects=PROBES,
+        shards=ALL,
+        offloads=ALL,
+    )

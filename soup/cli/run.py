@@ -15,7 +15,7 @@ from soup.cli.multirun import FAILED, multirun
 from soup.cli.process import threads, train
 from soup.cli.table import summary
 from soup.device import slots
-from soup.errors import Refused
+from soup.errors import Problem, Refused
 from soup.record import Run, environment, place, run_id, write_json
 
 
@@ -53,10 +53,23 @@ def settle(one: Checked) -> Run:
     where = place(
         Path(run_config.root), run_id(one.config.tree, content), one.config.tree, resume=run_config.resume
     )
+    _same_processes(where, one)
     if where.state() == "new":
         write_json(where.folder / "inputs.json", content)
         write_json(where.plan, one.plan.to_dict())
     return where
+
+
+def _same_processes(where: Run, one: Checked) -> None:
+    """Refuses a run that is there already, for another number of processes."""
+    there, asked = where.tree()["distributed"], one.config.tree["distributed"]
+    for name in ("processes", "nodes"):
+        if there[name] != asked[name]:
+            key = f"distributed.{name}"
+            why = f"run {where.id} was made for {there[name]}: its batches, and the shares in its checkpoints, are of "
+            why += "that number"
+            fix = f"{key}={there[name]} to go on with it, or run.resume=never for a new run"
+            raise Refused(Problem(key=key, value=asked[name], why=why, fix=fix))
 
 
 def _one(where: Run, one: Checked, console: Any) -> int:

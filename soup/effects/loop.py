@@ -46,7 +46,7 @@ def batch(built: Any) -> Iterator[Effect]:
     if is_stream(trainer.train_dataset):
         rows, wanted = len(first_batch(built)), training.batch_size
     else:
-        first = next(iter(_batches(built)))
+        first = next(iter(_own_batches(built)))
         steps = training.gradient_accumulation_steps if built.config.task.generates else 1
         rows = (
             len(first) // steps
@@ -322,7 +322,16 @@ def freezing(built: Any) -> Iterator[Effect]:
 
 
 def _batches(built: Any) -> Iterator[list[int]]:
-    """Row numbers of the batches of the first epoch, from a copy of the sampler: the real one stays unread."""
+    """Row numbers of the batches of the first epoch, by all processes together: each batch is the first one's part,
+    then the second's, and so on. From a copy of the sampler: the real one stays unread."""
+    from soup.train import ranks
+
+    for parts in zip(*ranks.gather(list(_own_batches(built))), strict=True):
+        yield [row for part in parts for row in part]
+
+
+def _own_batches(built: Any) -> Iterator[list[int]]:
+    """Those of this process."""
     import torch
 
     state = torch.get_rng_state()

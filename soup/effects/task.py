@@ -149,7 +149,8 @@ def _group(
         ),
         "advantages": ADVANTAGES,
         "ref_per_token_logps": frozen,
-        "num_items_in_batch": torch.tensor(sum(map(len, answers))),
+        # Of all processes, which are given the same here.
+        "num_items_in_batch": torch.tensor(sum(map(len, answers)) * built.trainer.accelerator.num_processes),
     }
     return {name: value.to(built.trainer.args.device) for name, value in inputs.items()}
 

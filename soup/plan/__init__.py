@@ -143,11 +143,22 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
         notes["tokens_per_step"] += f", and up to {task.generates} generated"
 
     parts, notes["memory"] = peak(config, decoder, device, longest, dtype, trainable, adapters)
+    spread = config.distributed
+    cut = (
+        ("weights", "reference")
+        if spread.spread in ("deepspeed", "fsdp") and "weights" in spread.shards
+        else ()
+    )
+    whole = spread.world * sum(parts.get(name, 0) for name in cut)
     host = 0.0
     for name in config.distributed.offloads:
         host += parts[name] if device.kind == "cuda" else 0
         if device.kind == "cuda":
             parts[name] = 0
+    loading = whole + parts["runtime"] - sum(parts.values())
+    if cut and loading > 0:
+        parts["loading"] = loading
+        notes["loading"] = f"each device holds the whole model, {whole / 1e9:.1f} GB, before it is cut"
     memory = {name: round(size) for name, size in parts.items()}
     row = longest if stretched is None else max(longest, config.data.max_length)
     needs, notes["devices"] = devices(config, model, decoder, device, row, dtype, trainable, adapters)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from soup.device import Device
 from soup.plan.decoder import Shape, adapted
 from soup.schema import Config
+from soup.specs import DistributedSpec
 
 RUNTIME_BYTES = {"cpu": 750e6, "cuda": 1.5e9}  # the process with its libraries (measured); CUDA's context
 ALLOCATOR = 1.1  # freed blocks that malloc keeps: measured activations over the tensors counted below
@@ -22,6 +23,8 @@ LOSS_TOKENS = 2048  # of a batch whose loss is measured for the curriculum, padd
 LOGIT_COPIES = 6  # logits, log-softmax, their exponent and product, and two gradients, in float32
 NF4_BYTES = 0.516  # a weight and its share of doubly quantized scales (arXiv:2305.14314, section 3)
 SIMULATED_COPIES = 6  # of the largest layer's weight in float32, while it is rounded
+SHARDED = ("weights", "gradients", "optimizer")  # what several processes can have shares of
+ZERO_BUCKET = 50_000_000  # gradients that ZeRO sums at a time
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -94,21 +97,34 @@ def peak(
         whole = max(LOSS_TOKENS, longest) * decoder.vocab * size + longest * decoder.vocab * 8
         if whole > logits:
             logits, how_logits = whole, "every token, while the base model's loss is measured"
-    world = spread.world
-    shared = world if "weights" in spread.shards else 1
+    shared = _share(spread)
+    gradients = train_size * trainable + task.trained_models * 4 * decoder.total
+    buckets = {"ddp": gradients, "deepspeed": min(gradients, 4 * ZERO_BUCKET)}  # in which they are summed
     parts = {
-        "weights": weights / shared,
-        **{name: held / shared for name, held in beside.items() if held},
-        "gradients": (train_size * trainable + task.trained_models * 4 * decoder.total)
-        / (world if "gradients" in spread.shards else 1),
+        "weights": weights * shared["weights"],
+        **{name: held * shared["weights"] for name, held in beside.items() if held},
+        "gradients": gradients * shared["gradients"],
         "optimizer": optimizer_bytes(config, decoder, trainable + task.trained_models * decoder.total)
-        / (world if "optimizer" in spread.shards else 1),
+        * shared["optimizer"],
+        **({"float32 copies": 4 * trainable / spread.world} if spread.spread == "deepspeed" else {}),
+        **({"buckets": buckets[spread.spread]} if spread.spread in buckets else {}),
         "activations": ALLOCATOR * activations,
         "logits": logits,
         "runtime": RUNTIME_BYTES[device.kind],
     }
     note = f"batch of {training.batch_size} x {length} tokens; activations: {how}; logits: {how_logits}"
     return parts, note
+
+
+def _share(spread: DistributedSpec) -> dict[str, float]:
+    """What each process holds of weights, gradients and optimizer state, as a share of the whole.
+
+    FSDP2 that keeps gathered weights has its shares of them beside those.
+    """
+    shares = {name: 1 / spread.world if name in spread.shards else 1.0 for name in SHARDED}
+    if spread.spread == "fsdp" and "weights" not in spread.shards:
+        shares["weights"] += 1 / spread.world
+    return shares
 
 
 def _simulated_weights(config: Config, decoder: Shape, products: int) -> float:

@@ -12,11 +12,10 @@ from typing import Any
 
 from soup.device import Device
 from soup.plan.decoder import Shape
-from soup.plan.memory import peak
+from soup.plan.memory import SHARDED, peak
 from soup.rules import broken, facts
 from soup.schema import Config
 
-SHARDED = ("weights", "gradients", "optimizer")
 RINGED = ("activations", "logits")
 MOST = 2**20  # devices; beyond, nobody is helped
 
@@ -67,7 +66,7 @@ def devices(
     """How many devices hold this run with rows of `row` tokens, where the rules let it be spread, and why so many."""
     alone = replace(
         config,
-        distributed=replace(config.distributed, processes=1, nodes=1, shards=(), offloads=()),
+        distributed=replace(config.distributed, processes=1, nodes=1, shards=(), offloads=(), spread="none"),
         longctx=replace(config.longctx, use_ring_attention=False, ring_size=1),
     )
     capacity = device.memory_bytes
@@ -81,7 +80,7 @@ def devices(
     found = needed(config.training.gradient_checkpointing, **allowed)
     if found.devices != 1:
         here = facts(config, device=device.kind, model_config=model)
-        many = {"distributed": "zero3", "distributed.processes": 2}
+        many = {"distributed": "zero3", "distributed.processes": 2, "distributed.world": 2}
         ring = {"longctx.use_ring_attention": True, "longctx.ring_size": 2}
         allowed = {"shards": not broken(here | many), "rings": not broken(here | many | ring)}
         found = needed(config.training.gradient_checkpointing, **allowed)

@@ -20,11 +20,11 @@ from typing import Any
 
 from soup import pruning
 from soup.device import resolve
-from soup.effects import NotInForce, to_json
+from soup.effects import NotInForce
 from soup.errors import RecordError, Refused
 from soup.model import unsloth
-from soup.record import Run, write_json
-from soup.schema import check
+from soup.record import Run
+from soup.schema import Config, check
 from soup.train.stopper import BUSY, INTERRUPTED, Stopper
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -52,7 +52,7 @@ def main(words: list[str], *, parent: int | None = None) -> int:
     die_with_parent()
     if parent is not None and os.getppid() != parent:
         return INTERRUPTED  # it died before it could be watched
-    console_fd = _library_output_to(run.folder / "log.txt")
+    console_fd = library_output_to(run.folder / "log.txt")
 
     from filelock import FileLock
     from rich.console import Console
@@ -65,7 +65,12 @@ def main(words: list[str], *, parent: int | None = None) -> int:
         try:
             if (run.result() or {}).get("status") in ("finished", *(("pruned",) if pruning.of(run) else ())):
                 return 0  # another process finished it while this one waited for the lock
-            return _prove(run) if prove_only else _train(run, console, stopper)
+            config = check(run.tree())
+            if config.distributed.world > 1:
+                return _lead(run, config, console, console_fd, lock, stopper, prove_only)
+            if not prove_only:
+                run.result_file.unlink(missing_ok=True)
+            return prove(run) if prove_only else train(run, console, stopper)
         except Refused as refused:
             return _failed(run, console, str(refused), status=1 if isinstance(refused, NotInForce) else 2)
         except RecordError as error:
@@ -76,18 +81,40 @@ def main(words: list[str], *, parent: int | None = None) -> int:
             lock.release()
 
 
-def _train(run: Run, console: Any, stopper: Stopper) -> int:
+def _lead(
+    run: Run, config: Config, console: Any, console_fd: int, lock: Any, stopper: Stopper, prove_only: bool
+) -> int:
+    """Has several processes train or prove the run; returns the exit status."""
+    from soup.train import torchrun
+
+    run.result_file.unlink(missing_ok=True)
+    words = ["--prove"] if prove_only else []
+    cause = torchrun.lead(run, config, words, console_fd, lock._context.lock_file_fd, stopper)
+    if cause is None:
+        return 0 if prove_only else EXIT.get((run.result() or {}).get("status"), 1)
+    if cause.status == "failed":
+        details = {"traceback": cause.traceback} if cause.traceback else {}
+        return _failed(run, console, cause.error, status=cause.code, **details)
+    last = run.last_checkpoint()
+    step = 0 if last is None else int(last.name.rpartition("-")[2])
+    run.finish(cause.status, error=cause.error, step=step)
+    console.print(f"{cause.status}: {cause.error}", highlight=False, markup=False, soft_wrap=True)
+    return cause.code
+
+
+def train(run: Run, console: Any, stopper: Stopper) -> int:
+    """Trains the run in this process; returns the exit status."""
     job = _job(run)
     from soup.train.progress import Display
 
-    run.result_file.unlink(missing_ok=True)
     while (status := job.train(run, Display(console), stopper)) == "rolled back":
         gc.collect()  # the model that diverged
     return EXIT.get(status, 1)
 
 
-def _prove(run: Run) -> int:
-    write_json(run.effective, to_json(_job(run).prove(run)))
+def prove(run: Run) -> int:
+    """Builds the run in this process, and writes down what is in force."""
+    _job(run).prove(run)
     return 0
 
 
@@ -133,7 +160,7 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _library_output_to(log: Path) -> int:
+def library_output_to(log: Path) -> int:
     """Sends file descriptors 1 and 2 to `log`; returns one that still leads to the terminal."""
     sys.stdout.flush()
     console = os.dup(1)

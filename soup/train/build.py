@@ -23,9 +23,9 @@ from soup.model.load import Precision, adapter, load_model, load_tokenizer, prec
 from soup.model.qat import fake_quantize, fold_adapters
 from soup.model.rope import differing
 from soup.rope import Scaling, scaling
-from soup.rules.moe import is_balanced
+from soup.rules.moe import is_balanced, is_moe
 from soup.schema import Config, merge_arguments
-from soup.train import streaming
+from soup.train import sharded, streaming
 from soup.train.base_loss import base_loss
 from soup.train.curriculum import Curriculum, difficulty, split, tokens
 from soup.train.neftune import add_noise
@@ -90,12 +90,13 @@ def build(
         )  # adapters are initialised by the trainer, before it sets the seed itself
         settings = {"loraplus_lr_ratio": config.lora.loraplus_lr_ratio}
         settings |= {"galore": config.optim.galore, "muon": config.optim.muon}
-        trainer = type(trainer_class.__name__, (Resumable, trainer_class), settings)(
+        settings |= {"sharding": config.distributed}
+        trainer = type(trainer_class.__name__, (*_cut(config), Resumable, trainer_class), settings)(
             model=model,
             args=args_class(
                 **_router_loss(model, args_class, config)
                 | _own_reference(config, model, stretched)
-                | _arguments(config, device, precise, prepared, output)
+                | _arguments(config, device, precise, prepared, output, is_moe(source.config(model_folder)))
             ),
             train_dataset=train_rows,
             eval_dataset=_dataset(prepared["eval"], config) if "eval" in prepared else None,
@@ -124,6 +125,12 @@ def build(
     if config.training.use_liger:
         liger.put_on(trainer)
     return built
+
+
+def _cut(config: Config) -> tuple[type, ...]:
+    """What cuts the model over several processes, beside soup's trainer."""
+    kinds = {"fsdp": sharded.FullySharded, "deepspeed": sharded.Zero}
+    return (kinds[config.distributed.spread],) if config.distributed.spread in kinds else ()
 
 
 def _simulate(built: Built) -> None:
@@ -193,7 +200,12 @@ def _named_modules(config: Config) -> Iterator[None]:
 
 
 def _arguments(
-    config: Config, device: Device, precise: Precision, prepared: Mapping[str, Prepared], output: Path
+    config: Config,
+    device: Device,
+    precise: Precision,
+    prepared: Mapping[str, Prepared],
+    output: Path,
+    moe: bool,
 ) -> dict[str, Any]:
     """Arguments of the trainer's configuration: those of the choices, and those of the machine and the run folder."""
     import torch
@@ -206,6 +218,9 @@ def _arguments(
     return arguments | {
         "output_dir": str(output),
         "use_cpu": device.kind == "cpu",
+        "ddp_timeout": max(1, config.distributed.timeout_s),
+        "ddp_broadcast_buffers": False,  # rotary frequencies that follow the length are each process's own
+        "ddp_find_unused_parameters": moe,  # experts that no token of a process has passed
         "bf16": precise.autocast is torch.bfloat16,
         "fp16": precise.autocast is torch.float16,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from soup.record import Run
+from soup.train import ranks
 from soup.train.memory import peak_memory_bytes
 from soup.train.progress import Display
 from soup.train.stopper import Stopper
@@ -31,7 +32,7 @@ class Loop(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True
             control.should_evaluate = self.trainer.eval_dataset is not None
-        elif self.stopper.asked is not None:
+        elif ranks.asked(self.stopper):
             control.should_save = control.should_training_stop = True
         return control
 

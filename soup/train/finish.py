@@ -10,6 +10,7 @@ from soup.model import source
 from soup.model.rope import differing
 from soup.record import Run, write_json
 from soup.rope import BASE_CONFIG, Scaling, scaling
+from soup.train import ranks
 from soup.train.build import Built
 
 
@@ -18,8 +19,13 @@ def save_model(run: Run, built: Built, final: dict[str, Any]) -> None:
     if callable(getattr(built.trainer.optimizer, "eval", None)):
         built.trainer.optimizer.eval()  # schedule-free: the averaged weights
     partial = run.folder / ".model"
-    shutil.rmtree(partial, ignore_errors=True)
+    if ranks.first():
+        shutil.rmtree(partial, ignore_errors=True)
+    ranks.barrier()
     built.trainer.save_model(str(partial))
+    ranks.barrier()
+    if not ranks.first():
+        return
     built.tokenizer.save_pretrained(partial)
     (partial / "training_args.bin").unlink(
         missing_ok=True

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
+
 from soup import effects, pruning
 from soup.device import resolve
+from soup.effects import distributed
 from soup.errors import Problem, Refused
 from soup.inputs import content
 from soup.model import source
 from soup.record import Run, read_json, write_json
 from soup.schema import Config, check
+from soup.train import ranks
 from soup.train.build import Built, build
 from soup.train.callbacks import Loop, Recorder
 from soup.train.finish import save_model
@@ -43,36 +48,44 @@ def train(run: Run, display: Display, stopper: Stopper) -> str:
     try:
         built = prepare_run(run, config, partial(_unless_stopped, say, stopper))
     except _Stopped:
-        run.finish("interrupted", error=f"stopped by {stopper.asked}", step=0, steps=0)
+        if ranks.first():
+            run.finish("interrupted", error=f"stopped by {stopper.asked}", step=0, steps=0)
         return "interrupted"
-    _proved(built, run)
+    proved = recorded(run, effects.prove(built))
+    required(proved)
     say(f"precision: {built.precision.reason}")
     if built.attention is not None:
         say(f"attention: {built.attention}")
     checkpoint = run.last_checkpoint()
-    cut_metrics(run.metrics, checkpoint)
+    if ranks.first():
+        cut_metrics(run.metrics, checkpoint)
     if checkpoint is not None:
         say(f"resuming from {checkpoint.name}")
-    trackers = open_trackers(config, run, say)
+    trackers = open_trackers(config, run, say) if ranks.first() else []
     trainer = built.trainer
     trainer.metrics_file = run.metrics
     trainer.rate_factor = rate(run)
+    if config.distributed.world > 1:
+        trainer.add_callback(_Begun(run, built, proved))
     trainer.add_callback(Loop(trainer, stopper, checkpoint))
-    trainer.add_callback(Recorder(run, display, trackers))
+    if ranks.first():
+        trainer.add_callback(Recorder(run, display, trackers))
     early = _early(run, checkpoint)
     if early is not None:
         trainer.add_callback(early)
     status = "failed"
     try:
         try:
-            if stopper.asked is None and (early is None or early.why is None):
+            if not ranks.asked(stopper) and (early is None or early.why is None):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            status, details = _outcome(trainer, stopper, run)
+            status, details = ranks.of_first(_outcome(trainer, stopper, run))
             if early is not None and early.why is not None:
                 say(f"pruned: {early.why}")
                 status, details = "pruned", {**details, "error": early.why}
         except Diverged as diverged:
-            back = roll_back(run, diverged) if trainer.watchdog.rolls_back else None
+            back = None
+            if trainer.watchdog.rolls_back:
+                back = ranks.of_first(roll_back(run, diverged) if ranks.first() else None)
             if back is not None:
                 say(f"{diverged}: back to {back}, at {rate(run):g} of the learning rate")
                 status = "rolled back"
@@ -80,7 +93,8 @@ def train(run: Run, display: Display, stopper: Stopper) -> str:
             status, details = "diverged", {"error": str(diverged), **_details(trainer, run)}
         if status == "finished":
             save_model(run, built, details)
-        run.finish(status, **details)
+        if ranks.first():
+            run.finish(status, **details)
     finally:
         display.stop()
         for tracker in trackers:
@@ -94,7 +108,8 @@ def _early(run: Run, checkpoint: Path | None) -> Early | None:
     if pruner is None:
         return None
     early = Early(pruner)
-    early.why = pruner.over(0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
+    step = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    early.why = ranks.of_first(pruner.over(step) if ranks.first() else None)
     return early
 
 
@@ -111,6 +126,8 @@ def _unless_stopped(say: Callable[[str], None], stopper: Stopper, text: str) -> 
 
 def prepare_run(run: Run, config: Config, say: Callable[[str], None] = lambda _: None) -> Built:
     """Builds what the run folder asks for; its inputs must be those that it was planned with."""
+    device = resolve(config.launch.device)
+    ranks.join(config, device)
     model_folder = source.folder(config.model)
     planned = read_json(run.folder / "inputs.json")
     found = content(config, model_folder)
@@ -125,17 +142,24 @@ def prepare_run(run: Run, config: Config, say: Callable[[str], None] = lambda _:
         )
     return build(
         config,
-        device=resolve(config.launch.device),
+        device=device,
         model_folder=model_folder,
         output=run.checkpoints,
         say=say,
     )
 
 
-def _proved(built: Built, run: Run) -> None:
-    """Writes effective.json; refuses a run in which a setting did not take effect."""
-    proved = effects.prove(built)
-    write_json(run.effective, effects.to_json(proved))
+def recorded(run: Run, found: list[effects.Effect]) -> list[effects.Effect]:
+    """Writes effective.json. What one process found wrong stays wrong, whatever the others found."""
+    by_rank = ranks.gather(found)
+    proved = [next((one for one in same if not one.ok), same[0]) for same in zip(*by_rank, strict=True)]
+    if ranks.first():
+        write_json(run.effective, effects.to_json(proved))
+    return proved
+
+
+def required(proved: list[effects.Effect]) -> None:
+    """Refuses a run in which a setting did not take effect."""
     wrong = [one for one in proved if not one.ok]
     if wrong:
         raise effects.NotInForce(
@@ -180,6 +204,28 @@ def _saved(run: Run) -> int:
     return 0 if last is None else int(last.name.rpartition("-")[2])
 
 
-def prove(run: Run) -> list[effects.Effect]:
+def prove(run: Run) -> None:
     """Builds the run and proves its settings, without a step."""
-    return effects.prove(prepare_run(run, check(run.tree())))
+    built = prepare_run(run, check(run.tree()))
+    proved = recorded(run, effects.prove(built))
+    if built.config.distributed.world > 1:
+        built.trainer.add_callback(_Begun(run, built, proved, stop=True))
+        with suppress(_Proved):
+            built.trainer.train()
+
+
+class _Proved(Exception):
+    """Training has begun, and that was all that was asked for."""
+
+
+class _Begun(TrainerCallback):
+    """Proves how the model is spread over the processes: what does that is made when training begins."""
+
+    def __init__(self, run: Run, built: Built, proved: list[effects.Effect], *, stop: bool = False):
+        self.run, self.built, self.proved, self.stop = run, built, proved, stop
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        proved = recorded(self.run, [*self.proved, distributed.spread(self.built)])
+        if self.stop:
+            raise _Proved
+        required(proved)

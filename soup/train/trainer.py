@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from soup.errors import RecordError
 from soup.record import write_json
+from soup.train import ranks
 from soup.train.optimizers import galore, muon
 from soup.train.streaming import streams
 
@@ -63,7 +64,7 @@ class Resumable:
             masks = [mask for name, mask in inputs.items() if name in MASKS]
             counted = sum(int(mask.sum()) for mask in masks)
             # A packed batch has no padding, so it has no mask.
-            self.state.num_input_tokens_seen += counted if masks else inputs["input_ids"].numel()
+            self.state.num_input_tokens_seen += ranks.total(counted if masks else inputs["input_ids"].numel())
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.watchdog is not None:
             self.watchdog.saw(loss)
@@ -102,23 +103,32 @@ class Resumable:
         folder = Path(self.args.output_dir)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._partial = folder / PARTIAL
-        shutil.rmtree(self._partial, ignore_errors=True)
+        if ranks.first():
+            shutil.rmtree(self._partial, ignore_errors=True)
+        ranks.barrier()
         whole = self._partial / name
         try:
             super()._save_checkpoint(model, trial)
-            write_json(whole / STATE, self._between_logs())
+            kept = self._between_logs()
+            ranks.barrier()
+            if not ranks.first():
+                ranks.barrier()
+                return
+            write_json(whole / STATE, kept)
             _flush(whole)
             if self.metrics_file.exists():
                 _flush_file(self.metrics_file)  # a resume cuts it to the length that is written here
             shutil.rmtree(folder / name, ignore_errors=True)
             os.replace(whole, folder / name)
             _flush_folder(folder)
+            ranks.barrier()
         except (OSError, RuntimeError, SafetensorError) as error:  # torch says RuntimeError of a full disk
             free = shutil.disk_usage(folder).free // 2**20
             reason = str(error).strip().splitlines()[0]
             raise RecordError(f"{folder / name} cannot be written ({free} MiB are free): {reason}") from error
         finally:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            if ranks.first():
+                shutil.rmtree(self._partial, ignore_errors=True)
             self._partial = None
         steps = sorted(
             folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2])
@@ -146,7 +156,7 @@ class Resumable:
     def _between_logs(self) -> dict[str, Any]:
         """What transformers and TRL sum up between two logs, and where metrics.jsonl stands."""
         return {
-            "loss_sum": self._tr_loss.item(),
+            "loss_sums": ranks.gather(self._tr_loss.item()),
             "loss_total": self._total_loss_scalar,
             "last_logged_step": self._globalstep_last_logged,
             "metrics": {
@@ -162,7 +172,7 @@ class Resumable:
     def restore_between_logs(self, checkpoint: Path) -> None:
         """The inverse, called once training has begun (transformers resets these just before)."""
         state = json.loads((checkpoint / STATE).read_text())
-        self._tr_loss = torch.tensor(state["loss_sum"], device=self.args.device)
+        self._tr_loss = torch.tensor(state["loss_sums"][ranks.rank()], device=self.args.device)
         self._total_loss_scalar = state["loss_total"]
         self._globalstep_last_logged = state["last_logged_step"]
         for name, modes in state["metrics"].items():

@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from soup.record import Run, now, read_json, write_json
+from soup.train import ranks
 from soup.train.trainer import STATE
 
 SPIKE = 10.0  # times the median of the last steps
@@ -51,7 +52,7 @@ class Watchdog(TrainerCallback):
         self._step_loss = self._step_loss + loss.detach()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **live: Any) -> None:
-        loss, self._step_loss = float(self._step_loss), 0.0
+        loss, self._step_loss = ranks.mean(float(self._step_loss)), 0.0
         # A gradient scaler looks for infinite float16 gradients itself, skips the step and scales less.
         norm = 0.0 if args.fp16 else _gradient_norm(live["model"])
         self.judge(state.global_step + 1, loss, norm)
@@ -96,7 +97,8 @@ class Watchdog(TrainerCallback):
 
 def _gradient_norm(model: Any) -> float:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of shares
 
 
 def rollbacks(run: Run) -> list[dict[str, Any]]:

@@ -46,6 +46,26 @@ def test_what_is_said_of_each_key(build, scorer, words, monkeypatch):
         ABOUT.setdefault(effect.key, {})[name] = None
 
 
+def test_what_is_said_of_several_processes(build):
+    """By a group of one: how long it would wait is the group's own."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    from soup.effects import distributed
+
+    built = build("distributed=ddp", "distributed.timeout_s=77")
+    dist.init_process_group(
+        "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=77)
+    )
+    try:
+        for effect in distributed.patience(built):
+            assert effect.ok, effect
+            ABOUT.setdefault(effect.key, {})["distributed:patience"] = None
+    finally:
+        dist.destroy_process_group()
+
+
 def test_the_table_of_proofs_is_current():
     if len(WORDS) > 1 and "optim.galore_rank" not in ABOUT:
         pytest.skip("needs the builds of this file, all of them")

@@ -129,6 +129,48 @@ def server(tmp_path_factory) -> Callable[..., Forked]:
     process.wait(60)
 
 
+# Becomes the ranks of a run, as torchrun would start them.
+RANKS = """
+world, port = {world}, {port}
+os.environ.update(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+os.environ.update(GLOO_SOCKET_IFNAME="lo", GROUP_RANK="0")
+rank, parent, others = 0, os.getppid(), []
+for one in range(1, world):
+    leader = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        rank, parent, others = one, leader, []
+        break
+    others.append(pid)
+os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+pathlib = __import__("pathlib")
+(pathlib.Path(asked["words"][-1]) / ".ranks").mkdir(exist_ok=True)
+from soup.train import rank as one_of
+try:
+    status = one_of.main(["--agent=" + str(parent), *asked["words"]])
+finally:
+    sys.stdout.flush()
+for pid in others:
+    status = status or os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+os._exit(status)
+"""
+
+
+@pytest.fixture(scope="session")
+def several(server) -> Callable[..., Forked]:
+    """`several(run, 2)` starts the processes of a run of several, without importing torch once more and without
+    torchrun, which tests/train/test_ranks.py has."""
+    import socket
+
+    def fork(run: Any, world: int, *words: str, code: str = "") -> Forked:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        return server(run, *words, code=code + RANKS.format(world=world, port=port))
+
+    return fork
+
+
 @pytest.fixture(scope="session")
 def metrics() -> Callable[[Any], list[dict[str, Any]]]:
     """The lines of metrics.jsonl without what is measured in seconds and bytes."""

@@ -44,6 +44,7 @@ SPACE = (
     ["training.max_steps=2", "training.max_steps=null training.epochs=0.1"],
     ["data.max_length=128", "data.max_length=320 data.on_too_long=skip"],
     ["data.streaming=false", "data.streaming=true"],
+    ["distributed=none", "distributed=ddp", "distributed=zero3", "distributed=fsdp_full_shard"],
     ["longctx=none"]
     + [f"longctx={kind} longctx.rope_factor=4.0" for kind in ("linear", "dynamic", "yarn", "llama3")],
 )
@@ -79,7 +80,8 @@ def facts(words):
     found = dict(DEFAULTS)
     for word in " ".join(words).split():
         found |= read(word)
-    return found | {"task.reward_model": "a folder"}
+    world = found["distributed.processes"] * found["distributed.nodes"]
+    return found | {"task.reward_model": "a folder", "distributed.world": world}
 
 
 def constraints():
@@ -115,14 +117,14 @@ def test_every_pair_that_can_work_is_there():
         for number, point in enumerate(POINTS)
     ],
 )
-def test_it_trains_with_every_effect_proved(tree, place, server, scorer, point):
+def test_it_trains_with_every_effect_proved(tree, place, server, several, scorer, point):
     words = " ".join(point).split()
     if "task=ppo" in words:
         words += [f"task.reward_model={scorer}", "task.response_length=8"]
     if "task=grpo" in words:
         words += ["task.max_completion_length=8"]
     run = place(tree(*words))
-    process = server(run)
+    process = server(run) if "distributed=none" in words else several(run, 2)
     assert process.wait() == 0, process.stdout.read()
     assert run.state() == "finished"
     wrong = {key: one for key, one in json.loads(run.effective.read_text()).items() if not one["ok"]}

@@ -1,0 +1,208 @@
+"""A run of several processes: torchrun's elastic agent starts them, watches them, and ends all where one ends badly.
+
+The run's own process becomes the agent. It holds the run's lock and passes on the wish to stop; rank 0 logs, tracks
+and writes. The lock is every rank's standard input, and the terminal its standard output: so the lock is held until
+the last of them is gone, whoever dies first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from soup.errors import RecordError, Refused
+from soup.record import Run, read_json, write_json
+from soup.schema import Config
+from soup.train.stopper import INTERRUPTED, Stopper
+
+LOOK_S = 0.1  # between looks at the ranks
+GRACE_S = 10  # that the other ranks have where one failed, before they are killed
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why a run of several processes ended: `status` of the run, `code` of its process."""
+
+    status: str
+    error: str
+    code: int = 1
+    traceback: str | None = None
+
+
+class Leader(Stopper):
+    """Passes the wish to stop on to the ranks; a second SIGINT ends them at once."""
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked is not None and number == signal.SIGINT:
+            for process in _ranks():
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+        super()._ask(number, frame)
+
+
+def lead(
+    run: Run, config: Config, words: Sequence[str], console_fd: int, lock_fd: int, stopper: Stopper
+) -> Cause | None:
+    """Starts the ranks and waits for their end; `None` where they say themselves how it ended."""
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    spread = config.distributed
+    notes = _notes(run)
+    shutil.rmtree(notes, ignore_errors=True)
+    notes.mkdir()
+    for name in THREADS:
+        os.environ[name] = str(max(1, int(os.environ.get(name, "1")) // spread.processes))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever the host's name resolves to
+    os.dup2(lock_fd, 0)
+    os.dup2(console_fd, 1)
+    leader = Leader()
+    leader.asked = stopper.asked
+    leader.install()
+    settings = LaunchConfig(
+        min_nodes=spread.nodes,
+        max_nodes=spread.nodes,
+        nproc_per_node=spread.processes,
+        run_id=run.id,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # a free port
+        local_addr="localhost",
+        max_restarts=0,  # soup's checkpoints resume a run, in new processes
+        monitor_interval=LOOK_S,
+        signals_to_handle="SIGQUIT",  # the others are the leader's
+        shutdown_timeout=GRACE_S,
+        logs_specs=DefaultLogsSpecs(log_dir=str(notes)),
+    )
+    start = ["-m", "soup.train.rank", f"--agent={os.getpid()}", *words, str(run.folder)]
+    try:
+        with _passing_on(leader):
+            elastic_launch(settings, sys.executable)(*start)
+    except ChildFailedError as failed:
+        died = {rank: one.exitcode for rank, one in failed.failures.items()}
+        return _cause(died, _read(notes), leader.asked, spread.world, spread.timeout_s)
+    finally:
+        shutil.rmtree(notes, ignore_errors=True)
+    return None
+
+
+def note(run: Run, rank: int, error: BaseException, code: int) -> None:
+    """A rank writes down what went wrong, for the leader. `code`: the exit status that the run comes to."""
+    refused = isinstance(error, Refused)
+    told = str(error) if isinstance(error, Refused | RecordError) else f"{type(error).__name__}: {error}"
+    with suppress(OSError, RecordError):
+        write_json(
+            _notes(run) / f"{rank}.json",
+            {
+                "time": time.time(),
+                "error": told,
+                "code": code,
+                "refused": refused,
+                "lost": not refused and _is_lost(error),
+                "waited": bool(re.search("timed? ?out", str(error), re.IGNORECASE)),
+                "traceback": "".join(traceback.format_exception(error)),
+            },
+        )
+
+
+def _cause(
+    died: Mapping[int, int],
+    notes: Mapping[int, Mapping[str, Any]],
+    asked: str | None,
+    world: int,
+    timeout_s: int,
+) -> Cause:
+    """What went wrong first: that a rank lost another one is the consequence of something else."""
+    own = sorted((one["time"], rank) for rank, one in notes.items() if not one["lost"])
+    if own:
+        rank = own[0][1]
+        one = notes[rank]
+        if one["refused"]:  # each of them would say the same
+            return Cause("failed", one["error"], one["code"])
+        return Cause("failed", f"process {rank + 1} of {world}: {one['error']}", 1, one["traceback"])
+    if any(one["waited"] for one in notes.values()):  # who hangs is killed in the end
+        silent = [str(rank + 1) for rank in range(world) if rank not in notes]
+        who = f"process {', '.join(silent)} of {world}" if silent else f"one of {world} processes"
+        text = min(notes.values(), key=lambda one: one["time"])["traceback"]
+        return Cause("failed", f"{who} did not answer within distributed.timeout_s={timeout_s}", 1, text)
+    killed = {
+        rank: signal.Signals(-code).name for rank, code in died.items() if code < 0 and rank not in notes
+    }
+    for rank, name in sorted(killed.items()):
+        if name != "SIGTERM":
+            return Cause("interrupted", f"process {rank + 1} of {world} died of {name}")
+    if asked is not None:
+        return Cause("interrupted", f"stopped by {asked}", INTERRUPTED)
+    if killed:
+        rank, name = min(killed.items())
+        return Cause("interrupted", f"process {rank + 1} of {world} died of {name}")
+    if notes:
+        rank, one = min(notes.items(), key=lambda item: item[1]["time"])
+        return Cause(
+            "failed", f"process {rank + 1} of {world} lost the others: {one['error']}", 1, one["traceback"]
+        )
+    rank, code = min(died.items())
+    return Cause("failed", f"process {rank + 1} of {world} ended with {code}")
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether an error says that another process is gone, or does not answer."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo" in str(error).lower() or "nccl" in str(error).lower()
+
+
+def _notes(run: Run) -> Path:
+    return run.folder / ".ranks"
+
+
+def _read(notes: Path) -> dict[int, dict[str, Any]]:
+    found = {}
+    for path in notes.glob("[0-9]*.json"):
+        with suppress(json.JSONDecodeError):
+            found[int(path.stem)] = read_json(path)
+    return found
+
+
+@contextmanager
+def _passing_on(leader: Leader) -> Iterator[None]:
+    """Tells each rank once, when it is there, that the run is asked to stop. A terminal's Ctrl-C reaches the leader
+    alone: ranks have sessions of their own."""
+    over = threading.Event()
+
+    def courier() -> None:
+        told: set[int] = set()
+        while not over.wait(LOOK_S):
+            if leader.asked is not None:
+                for process in _ranks():
+                    if process.pid not in told:
+                        told.add(process.pid)
+                        with suppress(ProcessLookupError):
+                            os.kill(process.pid, signal.SIGTERM)
+
+    thread = threading.Thread(target=courier, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _ranks() -> list[Any]:
+    import psutil
+
+    return psutil.Process().children()
