@@ -89,9 +89,13 @@ def seed(built: Any) -> Iterator[Effect]:
     """
     import torch
 
+    from soup.train import ranks
+
     wanted = built.config.training.seed
     how = "the seed that torch's generator started from"
     effective: Any = torch.initial_seed()
+    if built.config.task.generates:  # each process answers with a seed of its own
+        effective -= ranks.rank()
     adapted = (m for m in built.model.modules() if getattr(m, "lora_A", None))
     layer = next((m for m in adapted if not hasattr(m, "parameter_name")), None)  # experts are drawn last
     if layer is not None and effective == wanted:
