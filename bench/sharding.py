@@ -188,7 +188,10 @@ def main() -> int:
                 line = f"{way if processes > 1 else 'none':>22} x {processes:<3}"
                 for part in PARTS:
                     most = max(one[part] for one in held)
-                    told = planned[part] + (planned.get("float32 copies", 0) if part == "optimizer" else 0)
+                    beside = {"optimizer": "float32 copies"}
+                    if way == "zero3":  # FSDP2 has given them up when the forward pass ends
+                        beside["weights"] = "gathered"
+                    told = planned[part] + planned.get(beside.get(part, ""), 0)
                     worst = max(worst, abs(told / most - 1))
                     line += f"{told / 1e6:>12.2f} {most / 1e6:>11.2f}"
                 print(line, flush=True)

@@ -99,15 +99,13 @@ def peak(
             logits, how_logits = whole, "every token, while the base model's loss is measured"
     shared = _share(spread)
     gradients = train_size * trainable + task.trained_models * 4 * decoder.total
-    buckets = {"ddp": gradients, "deepspeed": min(gradients, 4 * ZERO_BUCKET)}  # in which they are summed
     parts = {
         "weights": weights * shared["weights"],
         **{name: held * shared["weights"] for name, held in beside.items() if held},
         "gradients": gradients * shared["gradients"],
         "optimizer": optimizer_bytes(config, decoder, trainable + task.trained_models * decoder.total)
         * shared["optimizer"],
-        **({"float32 copies": 4 * trainable / spread.world} if spread.spread == "deepspeed" else {}),
-        **({"buckets": buckets[spread.spread]} if spread.spread in buckets else {}),
+        **_of_spreading(spread, decoder, weights=weights, gradients=gradients, trainable=trainable),
         "activations": ALLOCATOR * activations,
         "logits": logits,
         "runtime": RUNTIME_BYTES[device.kind],
@@ -125,6 +123,30 @@ def _share(spread: DistributedSpec) -> dict[str, float]:
     if spread.spread == "fsdp" and "weights" not in spread.shards:
         shares["weights"] += 1 / spread.world
     return shares
+
+
+def _of_spreading(
+    spread: DistributedSpec, decoder: Shape, *, weights: float, gradients: float, trainable: int
+) -> dict[str, float]:
+    """Bytes that a model takes only because it is spread: buckets in which gradients are summed, ZeRO's copies of what
+    trains, in float32, and weights that are gathered for a while.
+
+    ZeRO-3 keeps a number of them; FSDP2 what lies outside the layers, one layer and the next.
+    """
+    cut = "weights" in spread.shards
+    if spread.spread == "ddp":
+        return {"buckets": gradients}
+    if spread.spread == "deepspeed":
+        share = min(1.0, ZERO_BUCKET / decoder.total)
+        return {
+            "float32 copies": 4 * trainable / spread.world,
+            "buckets": min(gradients, 4 * ZERO_BUCKET),
+            **({"gathered": share * weights} if cut else {}),
+        }
+    if spread.spread == "fsdp" and cut:
+        layer = (decoder.total - decoder.outside) / decoder.layers
+        return {"gathered": weights * min(1.0, (decoder.outside + 2 * layer) / decoder.total)}
+    return {}
 
 
 def _simulated_weights(config: Config, decoder: Shape, products: int) -> float:

@@ -264,6 +264,7 @@ def zero_settings(spec: DistributedSpec, args: Any) -> dict[str, Any]:
         "overlap_comm": on_gpu,
         "reduce_bucket_size": ZERO_BUCKET,
         "allgather_bucket_size": ZERO_BUCKET,
+        "stage3_max_live_parameters": ZERO_BUCKET,
         "stage3_max_reuse_distance": 0,  # what was gathered is given up after use
         "stage3_param_persistence_threshold": 0,  # no weight stays whole in each process
     }
