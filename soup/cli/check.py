@@ -13,7 +13,7 @@ from typing import Any
 from soup import cache, inputs, rewards, rules
 from soup.cli.compose import Point
 from soup.data.report import Report
-from soup.device import Device, resolve
+from soup.device import Device, gpus, resolve
 from soup.errors import NotAvailableYet, Problem, Refused
 from soup.model import attention, source
 from soup.model.names import untargeted
@@ -117,6 +117,15 @@ def _here(config: Config, device: Device) -> list[Problem]:
                 value=config.launch.device,
                 why="this machine has no GPU",
                 fix="launch.device=auto; `soup plan` works for a device that is elsewhere",
+            )
+        )
+    elif device.kind == "cuda" and config.launch.slurm is None and config.distributed.processes > len(gpus()):
+        problems.append(
+            Problem(
+                key="distributed.processes",
+                value=config.distributed.processes,
+                why=f"each process trains on a GPU of its own, and this machine has {len(gpus())}",
+                fix=f"distributed.processes={len(gpus())}, or launch=slurm",
             )
         )
     asked = config.training.use_flash_attn

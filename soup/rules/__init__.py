@@ -3,8 +3,8 @@
 A rule holds when every condition of its `when` does. Three kinds of facts are looked at: every leaf of the
 configuration by its full key, each group's chosen function by the group's name, and `device` (cpu or cuda: what
 the run will train on), `model.moe` and `model.balanced` (from the model's config.json), and those that no key holds:
-`task.whole_groups`, `task.weighed`, `data.weighed`, `lora.names_experts` and `distributed.world` (processes in all). A
-fact that is not known matches nothing.
+`task.whole_groups`, `task.weighed`, `data.weighed`, `lora.names_experts`, `distributed.world` (processes in all) and
+`launch.gpus_fit`. A fact that is not known matches nothing.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def facts(config: Config, *, device: str, model_config: Mapping[str, Any] | None
         found[f"tracking.{tracker.name}"] = tracker.name
     rows = config.training.batch_size * config.training.gradient_accumulation_steps * config.distributed.world
     found["distributed.world"] = config.distributed.world
+    if config.launch.slurm is not None and device == "cuda":
+        found["launch.gpus_fit"] = config.launch.slurm["gpus"] in ("auto", 0, config.distributed.processes)
     found["task.whole_groups"] = rows % config.task.samples == 0
     weights = config.task.args.get("reward_weights")
     found["task.weighed"] = weights is None or len(weights) == len(config.tree["task"]["rewards"])

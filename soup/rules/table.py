@@ -467,6 +467,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         key="launch.gpus",
+        when={"launch": "slurm", "distributed": Not("none"), "launch.gpus_fit": False},
+        why="each process trains on a GPU of its own",
+        fix="launch.gpus=auto",
+    ),
+    Rule(
+        key="launch.gpus",
         when={"launch": "slurm", "distributed": "none", "launch.gpus": Above(1)},
         why="distributed=none is one process, which trains on one GPU",
         fix="launch.gpus=auto",
@@ -702,4 +708,5 @@ RULES: tuple[Rule, ...] = (
     ),
     # Composes and plans; the training part is not built yet
     _pending("longctx.use_ring_attention", True),
+    _pending("distributed.nodes", Above(1)),
 )
