@@ -57,8 +57,8 @@ def worker(folder: Path) -> None:
             held["optimizer"] = size(state(built.trainer))
 
     built.trainer.add_callback(Count())
-    if hasattr(built.trainer, "_step"):  # DeepSpeed's gradients are gone when it has stepped
-        real = built.trainer._step
+    if hasattr(built.trainer, "_update"):  # DeepSpeed's gradients are gone when it has stepped
+        real = built.trainer._update
 
         def step() -> float:
             optimizer = built.trainer.engine.optimizer
@@ -70,7 +70,7 @@ def worker(folder: Path) -> None:
             held["gradients"] = size(kept)
             return real()
 
-        built.trainer._step = step
+        built.trainer._update = step
     built.trainer.train()
     (folder / f"held.{ranks.rank()}.json").write_text(json.dumps(held))
     ranks.leave()

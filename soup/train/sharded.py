@@ -213,14 +213,14 @@ class Zero(Sharded):
         """DeepSpeed clips as it steps, and then knows the norm."""
         if not self.begun:
             return super()._clip_grad_norm(model)
-        return self._step()
+        return self._update()
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if not self.begun:
             return super()._get_grad_norm(model, grad_norm)
-        return self._step() if grad_norm is None else grad_norm
+        return self._update() if grad_norm is None else grad_norm
 
-    def _step(self) -> float:
+    def _update(self) -> float:
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
