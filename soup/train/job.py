@@ -56,6 +56,7 @@ def train(run: Run, display: Display, stopper: Stopper) -> str:
     say(f"precision: {built.precision.reason}")
     if built.attention is not None:
         say(f"attention: {built.attention}")
+    say(f"kernels: {'; '.join(map(str, built.kernels))}")
     checkpoint = run.last_checkpoint()
     if ranks.first():
         cut_metrics(run.metrics, checkpoint)
