@@ -46,6 +46,11 @@ def put_on(trainer: Any, config: Config, implementation: str | None) -> tuple[Pa
     )
 
 
+def trains_rows(config: Config) -> bool:
+    """Whether the task's rows are tokens with labels, and not pairs or prompts."""
+    return config.task.config == "trl:SFTConfig"
+
+
 def _stock(config: Config) -> str | None:
     """Why the whole run goes the stock way."""
     if config.backend.kernels == "stock":
@@ -68,7 +73,7 @@ def _try(name: str, put: Callable[..., int | str], *given: Any) -> Part:
 
 def _documents(trainer: Any, config: Config, implementation: str | None) -> int | str:
     """Rows one after another without padding, and attention within each document; the number of layers, or why not."""
-    if config.task.config != "trl:SFTConfig":
+    if not trains_rows(config):
         return f"task={config.tree['task']['name']} makes its batches itself"
     if implementation != "sdpa":
         return f"attention is {implementation}"

@@ -2,9 +2,8 @@
 
 For a learnt token with hidden state h (D) and label y, logits z = W h (V), p = softmax(z):
     loss = -log p_y,   dh = W^T (p - e_y),   dW += (p - e_y) h^T
-(Liger, arXiv:2410.10989, section 3.2; Cut Cross-Entropy, arXiv:2411.09009). Tokens without a label never reach the head;
-CHUNK of the others do at once; a frozen head gets no gradient.
-Measured, SmolLM2's head (49152 x 576), 256 tokens, one core: see bench/RESULTS.md.
+(Liger, arXiv:2410.10989, section 3.2; Cut Cross-Entropy, arXiv:2411.09009). Tokens without a label never reach the
+head; CHUNK of the others do at once; a frozen head gets no gradient.
 """
 
 from __future__ import annotations
