@@ -136,6 +136,9 @@ def attend(
     tokens = query.shape[2]
     whole = query.shape[0] == 1 and tokens == key.shape[2] and value.shape[-1] == query.shape[-1]
     if attention_mask is None and position_ids is not None and whole and not dropout:
+        kind = query.device.type
+        if torch.is_autocast_enabled(kind):  # as it casts what goes into torch's own
+            query, key, value = (one.to(torch.get_autocast_dtype(kind)) for one in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         window = tokens if sliding_window is None else sliding_window
         return _Documents.apply(query, key, value, lengths(position_ids), scale, window), None

@@ -63,7 +63,7 @@ def test_loss_of_hidden_states(tokens, trained_head):
     assert learnt == taught.sum() and correct == (p.argmax(-1) == label[taught]).sum()
     torch.testing.assert_close(entropy, -(p * p.log()).sum(), **CLOSE)
     assert cross_entropy(hidden, head, label, None)[0].item() == pytest.approx(
-        float(wanted * 2 * tokens / learnt)
+        float(wanted.detach() * 2 * tokens / learnt)
     )
 
 
