@@ -79,6 +79,8 @@ def _documents(trainer: Any, config: Config, implementation: str | None) -> int 
         return f"attention is {implementation}"
     model = trainer.model
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if causal.config._attn_implementation != implementation:
+        return f"attention is {causal.config._attn_implementation}"
     text = causal.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or LAYERS)
     if kinds - LAYERS or getattr(text, "attention_chunk_size", None):
