@@ -12,7 +12,7 @@ from soup.effects.moe import fused_name, stored_expert
 from soup.effects.quantization import QUANTIZED, plain, relative_error, tensors
 
 FORWARDS = {  # of soup's kernels: where their forward passes are
-    "documents": ("soup.kernels.attention", "_Documents.forward"),
+    "documents": ("soup.kernels.attention", "lengths"),
     "loss": ("soup.kernels.loss", "_LinearCrossEntropy.forward"),
     "adapters": ("soup.kernels.lora", "_LoraLinear.forward"),
 }
@@ -107,6 +107,8 @@ def tokenizer(built: Any) -> Iterator[Effect]:
 def kernels(built: Any) -> Iterator[Effect]:
     """Whose forward functions the modules run, and how often soup's kernels are called for the loss of two short rows:
     as often as there are modules that they were put on."""
+    from soup.kernels.fast import told as summary
+
     asked = built.config.backend.kernels
     owners = {owner for module in built.model.modules() if (owner := forward_owner(module))}
     asked_for = {"liger_kernel"} if built.config.training.use_liger else set()  # has a probe of its own
@@ -120,9 +122,7 @@ def kernels(built: Any) -> Iterator[Effect]:
         if ran[part.name] != part.count:
             told[-1] += f", but {ran[part.name]} ran"
             foreign.append(f"{part.name}: {ran[part.name]} of {part.count}")
-    own = [part.name for part in built.kernels if part.count]
-    reasons = dict.fromkeys(part.why for part in built.kernels)
-    effective = f"soup's {', '.join(own)}" if own else f"stock, because {' and '.join(reasons) or asked}"
+    effective = summary(built.kernels)
     rest = "every other module runs its library's own forward"
     how = "; ".join([*told, rest + (", or Liger's" if "liger_kernel" in asked_for else "")])
     yield Effect("backend.kernels", asked, ", ".join(foreign) or effective, not foreign, how)

@@ -47,16 +47,7 @@ class _Documents(torch.autograd.Function):
         out_1THD = torch.empty_like(q_1HTD.transpose(1, 2), memory_format=torch.contiguous_format)
         for part in _parts(sizes):
             q, k, v = q_1HTD[:, :, part], k_1KTD[:, :, part], v_1KTD[:, :, part]
-            size = part.stop - part.start
-            out_1THD[:, part] = scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=_hidden(slice(0, size), window, q) if size > window else None,
-                is_causal=size <= window,
-                scale=scale,
-                enable_gqa=q.shape[1] != k.shape[1],
-            ).transpose(1, 2)
+            out_1THD[:, part] = _alone(q, k, v, scale, window)
         ctx.save_for_backward(q_1HTD, k_1KTD, v_1KTD)
         ctx.rest = sizes, scale, window
         return out_1THD
@@ -89,6 +80,21 @@ class _Documents(torch.autograd.Function):
                 _add(dk_KTD, dk_KSD, part, rows)
                 _add(dv_KTD, p_KNS.transpose(1, 2) @ do_KND, part, rows)
         return dq_1THD.transpose(1, 2), dk_KTD[None], dv_KTD[None], None, None, None
+
+
+def _alone(q_1HtD: Tensor, k_1KtD: Tensor, v_1KtD: Tensor, scale: float, window: int) -> Tensor:
+    """Torch's own attention of one document, (1, t, H, D)."""
+    size = q_1HtD.shape[2]
+    out_1HtD = scaled_dot_product_attention(
+        q_1HtD,
+        k_1KtD,
+        v_1KtD,
+        attn_mask=_hidden(slice(0, size), window, q_1HtD) if size > window else None,
+        is_causal=size <= window,
+        scale=scale,
+        enable_gqa=q_1HtD.shape[1] != k_1KtD.shape[1],
+    )
+    return out_1HtD.transpose(1, 2)
 
 
 def _add(total_KTD: Tensor, new_KSD: Tensor, part: slice, rows: slice) -> None:
@@ -141,7 +147,12 @@ def attend(
             query, key, value = (one.to(torch.get_autocast_dtype(kind)) for one in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         window = tokens if sliding_window is None else sliding_window
-        return _Documents.apply(query, key, value, lengths(position_ids), scale, window), None
+        sizes = lengths(position_ids)
+        if kind == "cpu":
+            return _Documents.apply(query, key, value, sizes, scale, window), None
+        parts = [one.split(sizes, dim=2) for one in (query, key, value)]
+        outs = [_alone(*one, scale, window) for one in zip(*parts, strict=True)]
+        return torch.cat(outs, dim=1), None
     if attention_mask is None and sliding_window is not None and tokens > sliding_window:
         attention_mask = _hidden(slice(0, tokens), sliding_window, query)
     return sdpa_attention_forward(

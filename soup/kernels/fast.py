@@ -6,7 +6,7 @@ by what a changed token moves (`_kept_apart`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,14 @@ class Part:
 
     def __str__(self) -> str:
         return f"{self.name} ({self.count})" if self.count else f"no {self.name}, because {self.why}"
+
+
+def told(parts: Iterable[Part]) -> str:
+    """What runs in a few words: soup's kernels, or why none does."""
+    own = [part.name for part in parts if part.count]
+    if own:
+        return f"soup's {', '.join(own)}"
+    return f"stock, because {' and '.join(dict.fromkeys(part.why for part in parts))}"
 
 
 def put_on(trainer: Any, config: Config, implementation: str | None) -> tuple[Part, ...]:
