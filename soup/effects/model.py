@@ -115,8 +115,13 @@ def kernels(built: Any) -> Iterator[Effect]:
     if any(part.count for part in built.kernels):
         asked_for.add("soup")
     foreign = sorted(owners - {"trl", "accelerate"} - asked_for)
-    ran = calls(built)
     told = []
+    try:
+        ran = calls(built)
+    except Exception as error:  # noqa: BLE001, what cannot run is not in force
+        why = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        yield Effect("backend.kernels", asked, "no forward pass", False, why)
+        return
     for part in built.kernels:
         told.append(str(part))
         if ran[part.name] != part.count:
