@@ -129,10 +129,11 @@ def _mixed(model: Any) -> str | None:
     with as_it_was(model), torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=False):
         model.eval()
         try:
-            together, alone = states(one_T, two_T), states(two_T)
-            moved = (states(one_T + 1, two_T) - together).abs().max()
-        except (RuntimeError, TypeError, ValueError) as error:
+            together, alone, moved = states(one_T, two_T), states(two_T), states(one_T + 1, two_T)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             return f"{type(model).__name__} does not run without a mask: {str(error).splitlines()[0]}"
-    if not torch.allclose(together, alone, rtol=0.05, atol=0.05 * float(alone.abs().max())) or moved > 1e-3:
+    exact = next(model.parameters()).dtype is torch.float32
+    allowed = (1e-4 if exact else 0.03) * alone.abs().mean()
+    if max((together - alone).abs().mean(), (together - moved).abs().mean()) > allowed:
         return f"{type(model).__name__} does not keep documents of one row apart"
     return None
