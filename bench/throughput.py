@@ -72,14 +72,14 @@ class Timed(SFTTrainer):
     def training_step(self, model, inputs, *args, **kwargs):
         mask = inputs.get("attention_mask")
         tokens = int(mask.sum() if mask is not None else inputs["input_ids"].numel())
-        begin = time.perf_counter()
+        begin, busy = time.perf_counter(), time.process_time()
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self.steps.append({"begin": begin, "tokens": tokens, "loss": float(loss)})
+        self.steps.append({"begin": begin, "busy": busy, "tokens": tokens, "loss": float(loss)})
         return loss
 
 class Ends(TrainerCallback):
     def on_step_end(self, *_, **__):
-        Timed.steps[-1]["end"] = time.perf_counter()
+        Timed.steps[-1] |= {"end": time.perf_counter(), "idle": time.process_time()}
 
 extra = {"loss_type": "nll"} if side == "unsloth" else {}  # TRL's default takes Unsloth's forward away from it
 trainer = Timed(
@@ -99,7 +99,7 @@ peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() and job["d
 print("RESULT" + json.dumps({
     "tokens": sum(s["tokens"] for s in kept), "seconds": sum(s["end"] - s["begin"] for s in kept),
     "peak_memory_bytes": peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    "losses": [s["loss"] for s in Timed.steps],
+    "losses": [s["loss"] for s in Timed.steps], "processor_seconds": sum(s["idle"] - s["busy"] for s in kept),
 }))
 """
 
