@@ -67,7 +67,7 @@ def _stock(config: Config) -> str | None:
         return "backend=unsloth"
     if config.training.use_liger:
         return "training.use_liger=true"
-    if config.distributed.world > 1:
+    if config.distributed.world > 1 or config.distributed.spread != "none":
         return "several processes share the run"
     if config.longctx.use_ring_attention:
         return "longctx.use_ring_attention=true"

@@ -11,8 +11,8 @@ from soup.schema import Config
 def own_kernels(config: Config) -> bool:
     """Whether soup's kernels take part, as far as the configuration says; `soup.kernels.fast` looks at the model."""
     stock = config.backend.unsloth or config.backend.kernels == "stock" or config.training.use_liger
-    spread = config.distributed.world > 1 or config.longctx.use_ring_attention
-    return not stock and not spread
+    spread = config.distributed.world > 1 or config.distributed.spread != "none"
+    return not stock and not spread and not config.longctx.use_ring_attention
 
 
 def without_padding(config: Config) -> bool:
