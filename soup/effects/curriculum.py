@@ -122,15 +122,15 @@ def _measured(built: Any) -> tuple[bool, str]:
 
 def _loss(built: Any, row: dict[str, Any]) -> float:
     """Of the learnt tokens of a row, or of a pair's chosen answer, in sequences as long as a row may be."""
-    from soup.effects.task import _logps
+    from soup.effects.task import logps
 
     ids = row["input_ids"] if "input_ids" in row else [*row["prompt_ids"], *row["chosen_ids"]]
     labels = row["labels"] if "labels" in row else [-100] * len(row["prompt_ids"]) + row["chosen_ids"]
     limit, found = built.config.data.max_length, []
     for start in range(0, len(ids), limit):
-        logps = _logps(built, ids[start : start + limit]).tolist()
+        learnt = logps(built, ids[start : start + limit]).tolist()
         found += [
-            p for p, label in zip(logps, labels[start + 1 : start + limit], strict=True) if label != -100
+            p for p, label in zip(learnt, labels[start + 1 : start + limit], strict=True) if label != -100
         ]
     return -sum(found) / max(1, len(found))
 

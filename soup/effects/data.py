@@ -139,8 +139,9 @@ def sequence_length(built: Any) -> Iterator[Effect]:
     else:
         examples = [rows[i] for i in _longest(rows)]
         batch = built.trainer.data_collator([dict(example) for example in examples])
-        longest = max(
-            int(mask.sum(-1).max()) for name, mask in batch.items() if name.endswith("attention_mask")
+        masks = [mask for name, mask in batch.items() if name.endswith("attention_mask")]
+        longest = (
+            max(int(mask.sum(-1).max()) for mask in masks) if masks else int(batch["position_ids"].max()) + 1
         )
         how = "the longest rows the trainer holds, as its collator gives them"
     how += f"; {report.truncated} rows were truncated" + (" of the first" if report.sampled else "")
@@ -171,11 +172,14 @@ def label_mask(built: Any) -> Iterator[Effect]:
     trainer = built.trainer
     rows = held(built)
     if "seq_lengths" in rows.column_names:
-        yield _packed_labels(built)
+        yield _packed_labels(built, [rows[i] for i in range(min(3, len(rows)))])
         return
     # The first rows, and the longest, which a collator would cut.
     examples = [rows[i] for i in dict.fromkeys([*range(min(3, len(rows))), *_longest(rows)])]
     collated = trainer.data_collator([dict(example) for example in examples])
+    if "attention_mask" not in collated:
+        yield _packed_labels(built, examples)
+        return
     wrong = 0
     for row, example in enumerate(examples):
         size = len(example["input_ids"])
@@ -277,21 +281,22 @@ def _same_documents(built: Any, dataset: Any, table: Any) -> bool:
     return held == Counter(part for row in table.to_pylist() for part in pieces(built, row))
 
 
-def _packed_labels(built: Any) -> Effect:
-    """Labels of a packed batch: those of its documents, but for the first token of each, which nothing predicts."""
+def _packed_labels(built: Any, examples: Sequence[Any]) -> Effect:
+    """Labels of a batch without padding: those of its documents, but for the first token of each, which nothing
+    predicts; and positions that begin again with each."""
     from soup.effects.task import documents
 
-    rows = built.trainer.train_dataset
-    examples = [rows[i] for i in range(min(3, len(rows)))]
     collated = built.trainer.data_collator([dict(example) for example in examples])
     parts = [part for example in examples for part in documents(example)]
     ids = [number for part in parts for number in part["input_ids"]]
     labels = [number for part in parts for number in (-100, *part["labels"][1:])]
-    right = collated["input_ids"][0].tolist() == ids and collated["labels"][0].tolist() == labels
+    places = [place for part in parts for place in range(len(part["input_ids"]))]
+    wanted = {"input_ids": ids, "labels": labels, "position_ids": places}
+    right = all(collated[name][0].tolist() == one for name, one in wanted.items())
     learnt = sum(label != -100 for label in labels)
     asked = built.config.tree["data"]["format"]
     found = built.prepared["train"].report.format
-    how = f"{learnt} of {len(ids)} tokens are learnt in {len(parts)} documents of {len(examples)} packed rows"
+    how = f"{learnt} of {len(ids)} tokens are learnt in {len(parts)} documents of {len(examples)} rows without padding"
     return Effect(
         "data.format", asked, found if right else "another mask", right and asked in ("auto", found), how
     )

@@ -62,10 +62,12 @@ def _attention_calls(built: Any, model: Any) -> Counter[str]:
 
     def watch(frame: Any, event: str, argument: Any) -> None:
         if event == "c_call" and getattr(argument, "__name__", "") == "scaled_dot_product_attention":
-            calls["sdpa"] += 1
+            calls["sdpa"] += frame.f_globals.get("__name__") != "soup.kernels.attention"  # counted as soup's
         elif event == "call":
             name, module = frame.f_code.co_name, frame.f_globals.get("__name__", "")
-            if name == "eager_attention_forward":
+            if (module, name) == ("soup.kernels.attention", "attend"):
+                calls["soup"] += 1
+            elif name == "eager_attention_forward":
                 calls["eager"] += 1
             elif name in FLASH_CALLS and module == "flash_attn_interface":
                 calls["flash_attention_3"] += 1
@@ -86,7 +88,7 @@ def _attention_calls(built: Any, model: Any) -> Counter[str]:
             model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False)
         finally:
             sys.setprofile(before)
-    return calls
+    return +calls
 
 
 def liger(built: Any) -> Iterator[Effect]:

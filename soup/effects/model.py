@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +11,11 @@ from soup.effects import Effect
 from soup.effects.moe import fused_name, stored_expert
 from soup.effects.quantization import QUANTIZED, plain, relative_error, tensors
 
+FORWARDS = {  # of soup's kernels: where their forward passes are
+    "documents": ("soup.kernels.attention", "lengths"),
+    "loss": ("soup.kernels.loss", "_LinearCrossEntropy.forward"),
+    "adapters": ("soup.kernels.lora", "_LoraLinear.forward"),
+}
 WHOLE_BYTES = 2**31  # weights on disk up to which every element is compared, not only some rows
 
 
@@ -98,18 +105,66 @@ def tokenizer(built: Any) -> Iterator[Effect]:
 
 
 def kernels(built: Any) -> Iterator[Effect]:
-    """Whose forward functions the modules run: each its own library's, but for the head's loss in chunks (TRL)."""
+    """Whose forward functions the modules run, and how often soup's kernels are called for the loss of two short rows:
+    as often as there are modules that they were put on."""
+    from soup.kernels.fast import told as summary
+
     asked = built.config.backend.kernels
     owners = {owner for module in built.model.modules() if (owner := forward_owner(module))}
     asked_for = {"liger_kernel"} if built.config.training.use_liger else set()  # has a probe of its own
+    if any(part.count for part in built.kernels):
+        asked_for.add("soup")
     foreign = sorted(owners - {"trl", "accelerate"} - asked_for)
-    how = "every module runs its library's own forward"
-    if asked_for:
-        how += ", or Liger's"
-    if asked == "auto":
-        how += "; soup has no kernels of its own yet"
-    effective = "stock" if not foreign else ", ".join(foreign)
-    yield Effect("backend.kernels", asked, effective, not foreign, how)
+    told = []
+    try:
+        ran = calls(built)
+    except Exception as error:  # noqa: BLE001, what cannot run is not in force
+        why = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        yield Effect("backend.kernels", asked, "no forward pass", False, why)
+        return
+    for part in built.kernels:
+        told.append(str(part))
+        if ran[part.name] != part.count:
+            told[-1] += f", but {ran[part.name]} ran"
+            foreign.append(f"{part.name}: {ran[part.name]} of {part.count}")
+    effective = summary(built.kernels)
+    rest = "every other module runs its library's own forward"
+    how = "; ".join([*told, rest + (", or Liger's" if "liger_kernel" in asked_for else "")])
+    yield Effect("backend.kernels", asked, ", ".join(foreign) or effective, not foreign, how)
+
+
+def calls(built: Any) -> Counter[str]:
+    """How often the trainer's loss of two short rows calls each of soup's kernels, as Python's profiler sees it; where
+    the task's rows are others, a forward pass."""
+    import torch
+
+    from soup.effects.undisturbed import undisturbed
+    from soup.kernels.fast import trains_rows
+
+    ran: Counter[str] = Counter()
+    if not any(part.count for part in built.kernels):
+        return ran
+
+    def watch(frame: Any, event: str, _: Any) -> None:
+        if event == "call":
+            place = frame.f_globals.get("__name__", ""), frame.f_code.co_qualname
+            ran.update({name for name, function in FORWARDS.items() if function == place})
+
+    trainer = built.trainer
+    rows = [{"input_ids": ids, "labels": ids} for ids in ([2, 3, 4, 5, 6], [3, 4, 5, 6, 7, 8, 9])]
+    with undisturbed(built):
+        batch = trainer._prepare_inputs(trainer.data_collator(rows)) if trains_rows(built.config) else None
+        ids_1T = torch.tensor([rows[0]["input_ids"]], device=trainer.args.device)
+        before = sys.getprofile()
+        sys.setprofile(watch)
+        try:
+            if batch is None:  # the loss is not soup's, the model's pass may be
+                built.model(input_ids=ids_1T)
+            else:
+                trainer.compute_loss(built.model, batch)
+        finally:
+            sys.setprofile(before)
+    return ran
 
 
 def forward_owner(module: Any) -> str | None:

@@ -14,6 +14,7 @@ from soup.plan.decoder import Shape, adapter_parameters, shape
 from soup.plan.fits import frozen_layers, refuse_unfit
 from soup.plan.memory import BYTES, optimizer_bytes, peak
 from soup.plan.spread import devices
+from soup.plan.unpadded import row_tokens, without_padding
 from soup.rope import scaling
 from soup.schema import Config
 
@@ -142,7 +143,14 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
     if task.generates:
         notes["tokens_per_step"] += f", and up to {task.generates} generated"
 
-    parts, notes["memory"] = peak(config, decoder, device, longest, dtype, trainable, adapters)
+    fullest = longest
+    if without_padding(config) and not training.packing:
+        batches = steps * training.gradient_accumulation_steps
+        average = row_tokens(lengths.sample, training.batch_size, batches)
+        fullest = longest if average is None else min(longest, math.ceil(average))
+    parts, notes["memory"] = peak(config, decoder, device, fullest, dtype, trainable, adapters)
+    if fullest < longest:
+        notes["memory"] += f"; rows of {fullest} tokens on average in the fullest batch, without padding"
     spread = config.distributed
     cut = (
         ("weights", "reference")

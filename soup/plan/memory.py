@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from soup.device import Device
 from soup.plan.decoder import Shape, adapted
+from soup.plan.unpadded import own_kernels, without_padding
 from soup.schema import Config
 from soup.specs import DistributedSpec
 
@@ -57,7 +58,7 @@ def peak(
     ring = config.longctx.ring_size if config.longctx.use_ring_attention else 1
     length = longest + task.generates
     batch_tokens = training.batch_size * task.forwards * length / ring
-    one_layer = _layer_floats(decoder) * products
+    one_layer = _layer_floats(decoder, repeats=not without_padding(config)) * products
     if config.lora.use_dora:  # the frozen layer's output and the adapter's, each scaled by a magnitude
         one_layer += (
             2 * sum(outputs for name, _, outputs, _ in decoder.linears if adapted(config, name)) * products
@@ -86,6 +87,15 @@ def peak(
     if task.config == "trl:SFTConfig":
         logits = min(LOGIT_CHUNK, batch_tokens) * decoder.vocab * 4 * LOGIT_COPIES
         how_logits = f"{LOGIT_CHUNK} learnt tokens at a time"
+        if own_kernels(
+            config
+        ):  # the gradient takes the logits' place; a head that trains has its own beside it
+            head = decoder.vocab * decoder.hidden
+            logits = min(LOGIT_CHUNK, batch_tokens) * decoder.vocab * products
+            logits += (
+                head * (2 * 4 + products) if config.lora.r is None else head * products * (products != size)
+            )
+            how_logits += ", with their gradient in their place"
     else:
         logits = batch_tokens * decoder.vocab * 4 * 3
         how_logits = "every token of the batch"
@@ -159,15 +169,16 @@ def _simulated_weights(config: Config, decoder: Shape, products: int) -> float:
     return kept * (products + (config.lora.r is None)) + SIMULATED_COPIES * 4 * largest
 
 
-def _layer_floats(decoder: Shape) -> float:
-    """Numbers that backward needs of one layer, for one token.
+def _layer_floats(decoder: Shape, repeats: bool) -> float:
+    """Numbers that backward needs of one layer, for one token. `repeats`: keys and values, for the heads that share
+    them.
 
     Two norms keep input, normalised and scaled values (6 d); q and k before and after the rotation, v, and k and v
     repeated for grouped queries; the attention's output; gate, up, their activation and product (4 ff), of the few
     experts that a token passes in an MoE model.
     """
     attention = 2 * (decoder.heads + decoder.kv) + decoder.kv + decoder.heads
-    repeated = 2 * decoder.heads if decoder.kv < decoder.heads else 0
+    repeated = 2 * decoder.heads if repeats and decoder.kv < decoder.heads else 0
     return 6 * decoder.hidden + attention + repeated + 4 * decoder.ff
 
 

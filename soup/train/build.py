@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from soup.data.prepare import Prepared, prepare
 from soup.device import Device
 from soup.errors import Problem, Refused
 from soup.inputs import data_arguments
+from soup.kernels import fast
 from soup.model import experts, liger, source, unsloth
 from soup.model.attention import Choice, attend
 from soup.model.freeze import freeze
@@ -45,6 +46,7 @@ class Built:
     prepared: Mapping[str, Prepared]
     precision: Precision
     attention: Choice | None  # `None` where Unsloth chooses
+    kernels: tuple[fast.Part, ...] = ()
     tokenizer: Any
     trainer: Any
 
@@ -124,7 +126,16 @@ def build(
         _watch(trainer, config)
     if config.training.use_liger:
         liger.put_on(trainer)
-    return built
+    return _fast(built)
+
+
+def _fast(built: Built) -> Built:
+    """The trainer with soup's own kernels, where they apply."""
+    choice = built.attention
+    parts = fast.put_on(built.trainer, built.config, choice and choice.implementation)
+    if choice is not None and any(part.name == "documents" and part.count for part in parts):
+        choice = Choice("soup", f"each document of a row has a call of its own, and {choice.reason}")
+    return replace(built, attention=choice, kernels=parts)
 
 
 def _cut(config: Config) -> tuple[type, ...]:

@@ -16,6 +16,7 @@ from soup.device import resolve
 from soup.effects import distributed
 from soup.errors import Problem, Refused
 from soup.inputs import content
+from soup.kernels import fast
 from soup.model import source
 from soup.record import Run, read_json, write_json
 from soup.schema import Config, check
@@ -56,6 +57,7 @@ def train(run: Run, display: Display, stopper: Stopper) -> str:
     say(f"precision: {built.precision.reason}")
     if built.attention is not None:
         say(f"attention: {built.attention}")
+    say(f"kernels: {fast.told(built.kernels)}")
     checkpoint = run.last_checkpoint()
     if ranks.first():
         cut_metrics(run.metrics, checkpoint)

@@ -45,7 +45,16 @@ class Resumable:
     watchdog: Any = None
     rate_factor: float = 1.0
     curriculum: Sampler[int] | None = None  # set by whoever builds the trainer, where one is asked for
+    eval_collator: Any = None  # where training has one of its own (soup.kernels.fast)
     _partial: Path | None = None
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        kept = self.data_collator
+        self.data_collator = self.eval_collator or kept
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = kept
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return self.curriculum or super()._get_train_sampler(*args, **kwargs)

@@ -35,10 +35,16 @@ def liger(built):
 
 @pytest.mark.parametrize("words", [(), ("training.use_flash_attn=off", "lora=none")])
 def test_it_says_what_runs_and_why(build, words):
-    effect = attention(build(*words))
+    effect = attention(build(*words, "backend.kernels=stock"))
     why = "training.use_flash_attn=off" if words else "no CUDA device"
     assert effect.ok and effect.effective == "sdpa"
     assert effect.how == f"attention: sdpa, because {why}; the model made 2 calls of sdpa"
+
+
+def test_documents_of_a_row_have_a_call_each(build):
+    effect = attention(build())
+    assert effect.ok and effect.effective == "soup"
+    assert effect.how.startswith("attention: soup, because each document of a row has a call of its own")
 
 
 def test_copies_take_it_too(build):
@@ -71,7 +77,7 @@ def test_one_layer_with_another_attention(build):
     """The configuration says sdpa; the layer has one of its own that does not."""
     from copy import copy
 
-    built = build()
+    built = build("backend.kernels=stock")
     layer = built.model.get_base_model().model.layers[1].self_attn
     layer.config = copy(layer.config)
     layer.config._attn_implementation_internal = "eager"
@@ -85,8 +91,21 @@ def test_another_function_under_the_name(build, monkeypatch):
 
     table = modeling_llama.ALL_ATTENTION_FUNCTIONS
     monkeypatch.setitem(table._global_mapping, "sdpa", modeling_llama.eager_attention_forward)
-    effect = attention(build())
+    effect = attention(build("backend.kernels=stock"))
     assert not effect.ok and effect.effective == "eager"
+
+
+def test_torchs_attention_under_the_name_of_soups(build, monkeypatch):
+    """It would let one document see another: a build sees that and goes the stock way; later it is a mismatch."""
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    built = build()
+    assert attention(built).ok
+    monkeypatch.setitem(AttentionInterface._global_mapping, "soup", sdpa_attention_forward)
+    assert not attention(built).ok
+    part = next(part for part in build().kernels if part.name == "documents")
+    assert part.count == 0 and "does not keep documents of one row apart" in part.why
 
 
 def test_probing_leaves_no_profiler(build):

@@ -275,7 +275,7 @@ def collator(change):
 
 
 def labels_everywhere(batch):
-    return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+    return batch | {"labels": batch["input_ids"]}
 
 
 def cut(batch):
@@ -416,6 +416,27 @@ def two_processes(_built):
 
 GALORE = "optim=galore lora=none optim.galore_rank=8"
 NONE = "lora=none"
+
+
+def one_plain_adapter(built):
+    del built.model.get_base_model().model.layers[1].mlp.up_proj.forward
+
+
+def library_loss(built):
+    del built.model.get_base_model().forward
+
+
+def dense_mask(built):
+    built.model.get_base_model().set_attn_implementation("sdpa")
+
+
+def one_document(batch):
+    import torch
+
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
+    return batch
+
+
 BEFORE = {
     # adapters
     "rank": ("lora.r=4", LORA("r"), "lora.r"),
@@ -617,7 +638,7 @@ AFTER = {
     "labels": ("", collator(labels_everywhere), "data.format"),
     "cut batches": ("", collator(cut), "data.format"),
     "shifted ids": ("", collator(shifted), "data.format"),
-    "padding seen": ("", collator(padding_seen), "data.format"),
+    "padding seen": ("backend.kernels=stock", collator(padding_seen), "data.format"),
     "labels of one row": ("", rows(other_row), "data.train"),
     "fewer rows": ("", rows(lambda dataset: dataset.select(range(50))), "data.train"),
     "more rows": ("", rows(lambda dataset: dataset.select([*range(len(dataset)), 0])), "data.train"),
@@ -641,6 +662,10 @@ AFTER = {
     "noise hook": ("", noisy_embedding, "training.neftune_alpha"),
     "liger": ("", attributes("trainer.args.use_liger_kernel", True), "training.use_liger"),
     "own forward": ("", own_forward, "backend.kernels"),
+    "an adapter without its kernel": ("", one_plain_adapter, "backend.kernels"),
+    "the loss of the library": ("", library_loss, "backend.kernels"),
+    "a mask for documents": ("", dense_mask, "backend.kernels"),
+    "positions of one document": ("", collator(one_document), "data.format"),
     "packing": ("", attributes("trainer.padding_free", True), "training.packing"),
     "watchdog": ("", watchdog, "training.loss_watchdog"),
     "an unheard watchdog": ("training.loss_watchdog=true", unheard_watchdog, "training.loss_watchdog"),

@@ -216,7 +216,7 @@ def test_a_million_tokens_plan(compose):
     lengths = Lengths(**(vars(LENGTHS) | {"mean": million, "max": million, "tokens": 100 * million}))
     cuda = Device(kind="cuda", bf16=True, reason="test")
     words = ["longctx=yarn", f"data.max_length={million}", "training.batch_size=1"]
-    one = planned(compose, *words, device=cuda, lengths=lengths)
+    one = planned(compose, *words, "backend.kernels=stock", device=cuda, lengths=lengths)
     ring = ["longctx.use_ring_attention=true", "longctx.ring_size=8", "distributed=zero3"]
     eight = planned(compose, *words, *ring, "distributed.processes=8", device=cuda, lengths=lengths)
     assert eight.memory["activations"] * 8 == pytest.approx(one.memory["activations"], rel=1e-6)
@@ -335,3 +335,14 @@ def test_an_unknown_architecture_is_estimated_and_said_to_be(compose):
 def test_planning_leaves_torch_alone():
     code = "import sys, soup.plan; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_rows_without_padding_take_less(compose):
+    lengths = Lengths(**vars(LENGTHS) | {"max": 512, "sample": (*range(20, 400, 5), 512)})
+    fast = planned(compose, "data.max_length=512", lengths=lengths)
+    for words in (["backend.kernels=stock"], ["lora.dropout=0.1"], ["training.neftune_alpha=5"]):
+        padded = planned(compose, "data.max_length=512", *words, lengths=lengths)
+        assert fast.memory["activations"] < 0.8 * padded.memory["activations"]
+        assert "without padding" in fast.notes["memory"] and "without padding" not in padded.notes["memory"]
+    stock = planned(compose, "data.max_length=512", "backend.kernels=stock", lengths=lengths)
+    assert fast.memory["logits"] < 0.2 * stock.memory["logits"]

@@ -1,0 +1,139 @@
+"""Puts soup's kernels on a trainer where they compute what the stock path does, and says where not, and why.
+
+What is decided is decided by the objects that were built: the classes of their modules, and for rows without padding
+by what a changed token moves (`_kept_apart`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from soup.kernels import attention, head, lora
+from soup.schema import Config
+
+LAYERS = {
+    "full_attention",
+    "sliding_attention",
+}  # kinds of attention layers that see a document as `attention` does
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kernel. `count`: modules that run it, 0 where it stays away because of `why`."""
+
+    name: str
+    count: int
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.count})" if self.count else f"no {self.name}, because {self.why}"
+
+
+def told(parts: Iterable[Part]) -> str:
+    """What runs in a few words: soup's kernels, or why none does."""
+    own = [part.name for part in parts if part.count]
+    if own:
+        return f"soup's {', '.join(own)}"
+    return f"stock, because {' and '.join(dict.fromkeys(part.why for part in parts))}"
+
+
+def put_on(trainer: Any, config: Config, implementation: str | None) -> tuple[Part, ...]:
+    """Changes trainer and model in place; `implementation` is the attention that was chosen for the model."""
+    if (why := _stock(config)) is not None:
+        return tuple(Part(name, 0, why) for name in ("documents", "loss", "adapters"))
+    model = trainer.model
+    return (
+        _try("adapters", lora.put_on, model),
+        _try("loss", head.put_on, trainer),
+        _try("documents", lambda: _documents(trainer, config, implementation)),
+    )
+
+
+def trains_rows(config: Config) -> bool:
+    """Whether the task's rows are tokens with labels, and not pairs or prompts."""
+    return config.task.config == "trl:SFTConfig"
+
+
+def _stock(config: Config) -> str | None:
+    """Why the whole run goes the stock way."""
+    if config.backend.kernels == "stock":
+        return "backend.kernels=stock"
+    if config.backend.unsloth:
+        return "backend=unsloth"
+    if config.training.use_liger:
+        return "training.use_liger=true"
+    if config.distributed.world > 1 or config.distributed.spread != "none":
+        return "several processes share the run"
+    if config.longctx.use_ring_attention:
+        return "longctx.use_ring_attention=true"
+    return None
+
+
+def _try(name: str, put: Callable[..., int | str], *given: Any) -> Part:
+    found = put(*given)
+    return Part(name, 0, found) if isinstance(found, str) else Part(name, found)
+
+
+def _documents(trainer: Any, config: Config, implementation: str | None) -> int | str:
+    """Rows one after another without padding, and attention within each document; the number of layers, or why not."""
+    if not trains_rows(config):
+        return f"task={config.tree['task']['name']} makes its batches itself"
+    if implementation != "sdpa":
+        return f"attention is {implementation}"
+    model = trainer.model
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if causal.config._attn_implementation != implementation:
+        return f"attention is {causal.config._attn_implementation}"
+    text = causal.config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or LAYERS)
+    if kinds - LAYERS or getattr(text, "attention_chunk_size", None):
+        return f"{text.model_type} has layers of {', '.join(sorted(kinds))}"
+    padded = trainer.data_collator
+    if not padded.padding_free:
+        if config.training.neftune_alpha > 0:
+            return "training.neftune_alpha is drawn for padded rows"
+        if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+            return "dropout is drawn for padded rows"
+    before = causal.config._attn_implementation
+    causal.set_attn_implementation(attention.NAME)
+    if (why := _mixed(causal)) is not None:
+        causal.set_attn_implementation(before)
+        return why
+    if not padded.padding_free:
+        trainer.eval_collator = padded  # a mean over batches of rows, as ever
+        trainer.data_collator = replace(padded, padding_free=True)
+    return text.num_hidden_layers
+
+
+def _mixed(model: Any) -> str | None:
+    """Why documents of one row cannot be kept apart: a changed token of the first moves the second's hidden states,
+    or the second's are not what they are alone."""
+    from soup.effects import as_it_was
+
+    device = next(model.parameters()).device
+    one_T, two_T = torch.arange(2, 7, device=device), torch.arange(3, 10, device=device)
+    places_T = torch.cat([torch.arange(len(one_T)), torch.arange(len(two_T))]).to(device)
+
+    def states(*parts: torch.Tensor) -> torch.Tensor:
+        """Of the last part, (tokens, hidden)."""
+        ids_1T, last = torch.cat(parts)[None], len(parts[-1])
+        positions_1T = places_T[None] if len(parts) > 1 else places_T[None, -last:]
+        out = model.base_model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False)
+        return out.last_hidden_state[0, -last:].float()
+
+    with as_it_was(model), torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=False):
+        model.eval()
+        try:
+            together, alone, moved = states(one_T, two_T), states(two_T), states(one_T + 1, two_T)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            return f"{type(model).__name__} does not run without a mask: {str(error).splitlines()[0]}"
+    exact = next(model.parameters()).dtype is torch.float32
+    allowed = (1e-4 if exact else 0.03) * alone.abs().mean()
+    if max((together - alone).abs().mean(), (together - moved).abs().mean()) > allowed:
+        return f"{type(model).__name__} does not keep documents of one row apart"
+    return None

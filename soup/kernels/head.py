@@ -1,0 +1,64 @@
+"""Puts the loss of `soup.kernels.loss` on a model that TRL has given its own loss in chunks."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from soup.kernels.loss import cross_entropy
+
+
+@dataclass
+class Output(CausalLMOutputWithPast):
+    """What TRL's trainer reads of a loss in chunks, beside the loss: sums over the batch's learnt tokens."""
+
+    num_correct_tokens: Tensor | None = None
+    entropy_sum: Tensor | None = None
+    num_valid_tokens: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+def put_on(trainer: Any) -> int | str:
+    """1, or why the model's loss stays TRL's."""
+    if getattr(trainer.args, "loss_type", None) != "chunked_nll":
+        return f"{type(trainer).__name__} computes another loss"
+    model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    text = model.config.get_text_config()
+    for name in ("final_logit_softcapping", "logit_scale", "output_multiplier"):
+        if getattr(text, name, None) is not None:
+            return f"{text.model_type} changes its logits ({name})"
+    output = model.get_output_embeddings()
+    if type(output) is not nn.Linear or output.bias is not None:
+        return f"the head is {type(output).__name__}" + (" with a bias" if type(output) is nn.Linear else "")
+    theirs = model.forward
+
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **others: Any,
+    ) -> Any:
+        router = others.get("output_router_logits", getattr(text, "output_router_logits", False))
+        if labels is None or router or "shift_labels" in others:
+            if labels is not None:
+                others |= {"labels": labels, "num_items_in_batch": num_items_in_batch}
+            return theirs(input_ids=input_ids, **others)
+        others.pop("use_cache", None)
+        others.pop("output_router_logits", None)
+        hidden_BTD = self.base_model(input_ids=input_ids, use_cache=False, **others).last_hidden_state
+        hidden_ND = hidden_BTD[:, :-1].reshape(-1, hidden_BTD.shape[-1])
+        label_N = labels[:, 1:].reshape(-1)
+        loss, correct, entropy, learnt = cross_entropy(
+            hidden_ND, self.get_output_embeddings().weight, label_N, num_items_in_batch
+        )
+        return Output(loss=loss, num_correct_tokens=correct, entropy_sum=entropy, num_valid_tokens=learnt)
+
+    forward.__signature__ = inspect.signature(theirs)
+    model.forward = MethodType(forward, model)
+    return 1

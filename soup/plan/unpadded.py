@@ -1,0 +1,34 @@
+"""Steps whose rows lie one after another without padding, as soup's kernels train them where they can."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from soup.schema import Config
+
+
+def own_kernels(config: Config) -> bool:
+    """Whether soup's kernels take part, as far as the configuration says; `soup.kernels.fast` looks at the model."""
+    stock = config.backend.unsloth or config.backend.kernels == "stock" or config.training.use_liger
+    spread = config.distributed.world > 1 or config.distributed.spread != "none"
+    return not stock and not spread and not config.longctx.use_ring_attention
+
+
+def without_padding(config: Config) -> bool:
+    """Whether a batch has no padding."""
+    rows = config.task.config == "trl:SFTConfig"
+    draws = config.lora.dropout > 0 or config.training.neftune_alpha > 0
+    return own_kernels(config) and rows and not draws
+
+
+def row_tokens(lengths: Sequence[int], rows: int, batches: int) -> float | None:
+    """Tokens of a row on average in the fullest of `batches` batches of `rows` rows; `None` without lengths.
+
+    Sums of random rows are nearly normal, and of n of them the largest is sqrt(2 ln n) deviations above the mean.
+    """
+    if not lengths:
+        return None
+    mean = sum(lengths) / len(lengths)
+    deviation = math.sqrt(sum((length - mean) ** 2 for length in lengths) / len(lengths) / rows)
+    return min(max(lengths), mean + deviation * math.sqrt(2 * math.log(max(batches, 2))))

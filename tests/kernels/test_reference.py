@@ -1,0 +1,93 @@
+"""Each kernel against the formula written out with torch's own operations and autograd, in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy as reference_loss
+
+from soup.kernels import attention, lora
+from soup.kernels.loss import CHUNK, cross_entropy
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def gradients(value, *inputs):
+    return torch.autograd.grad(
+        value, inputs, torch.randn(value.shape, generator=torch.Generator().manual_seed(9))
+    )
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("sizes", [[7], [1, 2, 9], [300, 4, 260]])
+def test_attention_of_documents(sizes, window):
+    tokens, heads, kept, width = sum(sizes), 6, 2, 8
+    q, k, v = (drawn(1, tokens, n, width, seed=n).transpose(1, 2) for n in (heads, kept, kept))
+    places = torch.cat([torch.arange(size) for size in sizes])
+    out, _ = attention.attend(None, q, k, v, None, position_ids=places[None], sliding_window=window)
+
+    index = torch.arange(tokens)
+    document = (places == 0).cumsum(0)
+    seen = (document[:, None] == document) & (index[:, None] >= index)
+    if window:
+        seen &= index[:, None] - index < window
+    scores = q @ k.repeat_interleave(heads // kept, 1).transpose(2, 3) * width**-0.5
+    p = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    wanted = (p @ v.repeat_interleave(heads // kept, 1)).transpose(1, 2)
+    torch.testing.assert_close(out, wanted, **CLOSE)
+    for ours, theirs in zip(gradients(out, q, k, v), gradients(wanted, q, k, v), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("trained_head", [True, False])
+@pytest.mark.parametrize("tokens", [5, CHUNK + 19])
+def test_loss_of_hidden_states(tokens, trained_head):
+    hidden, head = drawn(tokens, 16), drawn(50, 16, seed=1)
+    label = torch.randint(0, 50, (tokens,), generator=torch.Generator().manual_seed(2))
+    label[::3] = -100
+    inputs = (hidden, head) if trained_head else (hidden,)
+    loss, correct, entropy, learnt = cross_entropy(
+        hidden, head if trained_head else head.detach(), label, 2 * tokens
+    )
+    logits = hidden @ head.T
+    wanted = reference_loss(logits, label, reduction="sum") / (2 * tokens)
+    torch.testing.assert_close(loss, wanted, **CLOSE)
+    for ours, theirs in zip(gradients(loss, *inputs), gradients(wanted, *inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+    taught = label != -100
+    p = logits[taught].softmax(-1)
+    assert learnt == taught.sum() and correct == (p.argmax(-1) == label[taught]).sum()
+    torch.testing.assert_close(entropy, -(p * p.log()).sum(), **CLOSE)
+    assert cross_entropy(hidden, head, label, None)[0].item() == pytest.approx(
+        float(wanted.detach() * 2 * tokens / learnt)
+    )
+
+
+def test_a_batch_without_labels_has_no_gradient():
+    hidden = drawn(4, 16)
+    loss, *_ = cross_entropy(hidden, drawn(50, 16), torch.full((4,), -100), None)
+    assert loss == 0 and not gradients(loss, hidden)[0].any()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapted_layer(bias, dtype):
+    x = drawn(2, 9, 24).detach().to(dtype).requires_grad_()
+    weight = drawn(40, 24, seed=1).detach().to(dtype)
+    offset = drawn(40, seed=4).detach().to(dtype) if bias else None
+    a, b = drawn(4, 24, seed=2), drawn(40, 4, seed=3)
+    y = lora.linear(x, weight, offset, a, b, 0.5)
+    wanted = torch.nn.functional.linear(x.float(), weight.float(), None if offset is None else offset.float())
+    wanted = wanted + 0.5 * (x.float() @ a.T) @ b.T
+    close = CLOSE if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.3}
+    torch.testing.assert_close(y.float(), wanted, **close)
+    inputs = (x, a, b)
+    for ours, theirs in zip(gradients(y.float(), *inputs), gradients(wanted, *inputs), strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(
+            ours.float(), theirs.float(), **close | {"atol": 1e-5 if dtype is torch.float32 else 1}
+        )
