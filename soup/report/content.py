@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from soup import sweep as sweeps
 from soup.record import now
 from soup.report import keys as settings_of
 from soup.report.chosen import Chosen
@@ -38,7 +39,7 @@ class Content:
 
     @property
     def metric(self) -> str:
-        return self.objective.removeprefix("-")
+        return sweeps.metric(self.objective)
 
     @cached_property
     def ranked(self) -> list[Point]:
