@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import sys
 import tempfile
 import time
@@ -52,7 +53,10 @@ def _watch(sweep: Sweep) -> None:
         record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor"
     )
     console.print(watch.view(found, COLUMNS, LINES))
-    console.save_svg(str(FOLDER / "status.svg"), title="soup status --watch")
+    svg = console.export_svg(title="soup status --watch")
+    # Without the fonts that rich would fetch: any monospaced one will do.
+    svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL).replace("Fira Code", "DejaVu Sans Mono")
+    (FOLDER / "status.svg").write_text(svg, encoding="utf-8")
 
 
 def _report(root: Path, sweep: Sweep) -> None:

@@ -114,6 +114,7 @@ def _rows(found: Found, shown: Sequence[Mapping[str, Any]], width: int) -> Table
     table.add_column(objective, justify="right", no_wrap=True, max_width=12, overflow="ellipsis")
     if width >= ROOMY:
         table.add_column("run", no_wrap=True)
+    brief = _brief([one["point"] for one in found["points"]]) if width < ROOMY else {}
     for one in shown:
         state, begun = one["state"], one.get("step") is not None
         bar = [ProgressBar(total=1, completed=_part(one), width=10) if state == "running" else ""][
@@ -121,7 +122,7 @@ def _rows(found: Found, shown: Sequence[Mapping[str, Any]], width: int) -> Table
         ]
         table.add_row(
             str(one["number"]),
-            Text(one["point"]),
+            Text(_named(one["point"], brief)),
             Text(state, style=STYLES.get(state, "dim")),
             f"{one['step']}/{one['steps']}" if begun else "",
             *bar,
@@ -129,6 +130,18 @@ def _rows(found: Found, shown: Sequence[Mapping[str, Any]], width: int) -> Table
             *((Text(one["run"], style="dim"),) if width >= ROOMY else ()),
         )
     return table
+
+
+def _brief(points: Sequence[str]) -> dict[str, str]:
+    """Keys by their last parts, where those tell them apart: `lora.r` is `r`."""
+    keys = dict.fromkeys(word.partition("=")[0] for point in points for word in point.split(" "))
+    leaves = [key.rpartition(".")[2] for key in keys]
+    return {key: leaf for key, leaf in zip(keys, leaves, strict=True) if leaves.count(leaf) == 1}
+
+
+def _named(point: str, brief: Mapping[str, str]) -> str:
+    words = [word.partition("=") for word in point.split(" ")]
+    return " ".join(f"{brief.get(key, key)}{sign}{value}" for key, sign, value in words)
 
 
 def _fitting(points: Sequence[Mapping[str, Any]], room: int) -> list[Mapping[str, Any]]:
