@@ -25,21 +25,30 @@ WATCH_S = 2.0
 
 
 def status(words: list[str], args: Namespace) -> int:
-    """Prints a line for each point; with --watch again and again, until nothing runs any more."""
+    """Prints a line for each point; with --watch as they change, until nothing runs any more."""
     if len(words) > 1:
         raise Refused(
             Problem(key="status", value=" ".join(words), why="one sweep at a time", fix="status SWEEP")
         )
     sweep = sweeps.find(Path(args.run_root).absolute(), *words)
+    if args.watch and not args.json and sys.stdout.isatty():
+        from rich.console import Console
+
+        from soup.cli import watch
+
+        if watch.capable(Console()):
+            found = watch.watch(lambda: look(sweep, whole=False), _active, WATCH_S)
+            print("\n".join(_text(found)), flush=True)
+            return 0
+    before = None
     while True:
         found = look(sweep, whole=args.json)
-        if args.json:
-            print(json.dumps(found, indent=2), flush=True)
-        else:
-            clear = "\x1b[2J\x1b[H" if args.watch and sys.stdout.isatty() else ""
-            print(clear + "\n".join(_text(found)), flush=True)
+        if found != before:  # into a pipe, and on a terminal that cannot be drawn over, what has changed
+            told = json.dumps(found, indent=2) if args.json else "\n".join(_text(found))
+            print(told, flush=True)
         if not args.watch or not _active(found):
             return 0
+        before = found
         time.sleep(WATCH_S)
 
 

@@ -48,9 +48,11 @@ def _numbers(label: str, values: Sequence[float]) -> Axis:
         at = [ends[0] + (ends[1] - ends[0]) * part / 4 for part in range(5)]
         return Axis(label, places, tuple((one, f"{10**one if log else one:.3g}") for one in at))
     ticks: list[tuple[float, str]] = []
-    for place, one in distinct:  # labels that would lie over one another are left out
-        if not ticks or place - ticks[-1][0] >= APART * (max(places) - min(places)):
+    for place, one in reversed(distinct):  # labels that would lie over one another are left out, the ends not
+        if not ticks or ticks[-1][0] - place >= APART * (max(places) - min(places)):
             ticks.append((place, f"{one:.4g}"))
+    if ticks[-1][0] != distinct[0][0]:
+        ticks[-1] = (distinct[0][0], f"{distinct[0][1]:.4g}")
     return Axis(label, places, tuple(ticks))
 
 

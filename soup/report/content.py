@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
+from soup import sweep as sweeps
 from soup.record import now
 from soup.report import keys as settings_of
 from soup.report.chosen import Chosen
@@ -38,7 +40,7 @@ class Content:
 
     @property
     def metric(self) -> str:
-        return self.objective.removeprefix("-")
+        return sweeps.metric(self.objective)
 
     @cached_property
     def ranked(self) -> list[Point]:
@@ -99,13 +101,18 @@ def gather(chosen: Chosen) -> Content:
 def _subtitle(chosen: Chosen, points: Sequence[Point]) -> str:
     told = []
     tasks = dict.fromkeys(str(one.settings["task.name"]) for one in points if "task.name" in one.settings)
-    bases = dict.fromkeys(str(one.settings["model.base"]) for one in points if "model.base" in one.settings)
+    bases = dict.fromkeys(_base(one.settings["model.base"]) for one in points if "model.base" in one.settings)
     if tasks:
         told.append(f"{_few(tasks)} on {_few(bases)}")
     for sweep in chosen.sweeps[:3]:
         record = sweep.record()
         told.append(f"launch={record['launch']}, started {record['created']}")
     return "; ".join(told)
+
+
+def _base(base: object) -> str:
+    """A hub's name whole, of a folder its own name."""
+    return Path(str(base)).name if str(base).startswith(("/", ".", "~")) else str(base)
 
 
 def _few(names: Sequence[str] | Mapping[str, None], most: int = 3) -> str:

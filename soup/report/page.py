@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from soup import sweep as sweeps
 from soup.cli.table import number as rounded
 from soup.cli.table import size
 from soup.report.axes import Axis, axis, key_axis
@@ -89,7 +90,7 @@ def _page(content: Content, detail: Detail) -> str:
         data=_packed(json.dumps(_data(content, detail.budget), separators=(",", ":"), allow_nan=False)),
         columns=_columns(content),
         rows=[Row(one, tuple(_cells(content, one)), one is content.best) for one in _sorted(content)],
-        largest_first=content.objective.startswith("-"),
+        largest_first=sweeps.sign(content.objective) < 0,
         in_full=shown_in_full,
         left_out=len(content.points) - len(shown_in_full),
         facts=_facts,

@@ -102,12 +102,13 @@ def _curves(axes: Any, content: Content, name: str | None, drawn: Sequence[Any])
     rank = {one.id: place for place, one in enumerate(content.ranked)}
     order = sorted(range(len(drawn)), key=lambda place: -rank.get(content.points[place].id, len(drawn)))
     few = len(content.points) <= FEW
+    lines: dict[int, Any] = {}
     for place in order:  # the best last, on top
         if drawn[place] is None:
             continue
         steps, _, values = drawn[place]
         point = content.points[place]
-        axes.plot(
+        (lines[place],) = axes.plot(
             steps,
             [float("nan") if one is None else one for one in values],
             color=_colour(content, point, place, rank),
@@ -116,11 +117,8 @@ def _curves(axes: Any, content: Content, name: str | None, drawn: Sequence[Any])
             markersize=3,
             label=_cut(point.name, 40),
         )
-    if few and sum(one is not None for one in drawn) > 1:
-        handles, labels = axes.get_legend_handles_labels()
-        by_place = sorted(zip(order, range(len(order)), strict=True))
-        kept = [at for _, at in by_place if at < len(handles)]
-        axes.legend([handles[i] for i in kept], [labels[i] for i in kept], fontsize=7, frameon=False)
+    if few and len(lines) > 1 and not name.startswith("eval"):  # one legend is enough
+        axes.legend(handles=[lines[place] for place in sorted(lines)], fontsize=7, frameon=False)
 
 
 def _parallel(axes: Any, content: Content) -> None:
@@ -134,8 +132,10 @@ def _parallel(axes: Any, content: Content) -> None:
         axis(content.metric, [one.value for one in points]),
     ]
     scaled = [_scaled(one) for one in columns]
+    ranks = {one.id: rank for rank, one in enumerate(points)}
+    places = {one.id: place for place, one in enumerate(content.points)}
     for rank in range(len(points) - 1, -1, -1):
-        colour = STEPS[min(7, 8 * rank // len(points))]
+        colour = _colour(content, points[rank], places[points[rank].id], ranks)
         axes.plot(
             range(len(columns)),
             [one(at.places[rank]) for one, at in zip(scaled, columns, strict=True)],

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from soup import sweep as sweeps
 from soup.cli.status import BAD, error
 from soup.errors import RecordError
 from soup.record import Run, read_json, tail
@@ -56,14 +57,14 @@ class Point:
 
     @property
     def metric(self) -> str:
-        return self.objective.removeprefix("-")
+        return sweeps.metric(self.objective)
 
     @property
     def rank(self) -> float:
         """Where it stands among others of its objective: the least is the best, and without a value it is last."""
         if self.value is None:
             return math.inf
-        return -self.value if self.objective.startswith("-") else self.value
+        return sweeps.sign(self.objective) * self.value
 
     @property
     def bad(self) -> bool:
@@ -126,7 +127,7 @@ def read(place: int, run: Run, point: SweepPoint | None, objective: str | None =
         )
     told = result or {}
     last = [told, *reversed(lines)]
-    metric = objective.removeprefix("-")
+    metric = sweeps.metric(objective)
     value = next((one[metric] for one in last if number(one.get(metric))), None)
     bad = state in BAD
     return Point(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from soup.report.chosen import Chosen
 from soup.report.point import Point
@@ -54,10 +55,9 @@ def versions(points: Sequence[Point]) -> list[Version]:
             ("soup's source", "source"),
         )
     ]
+    installed = [_by_name(packages) for one in told if isinstance(packages := one.get("packages"), dict)]
     for name in PACKAGES:
-        found = [
-            str(packages.get(name, "-")) for one in told if isinstance(packages := one.get("packages"), dict)
-        ]
+        found = [packages.get(name, "-") for packages in installed]
         if any(version != "-" for version in found):
             listed.append(Version(name, _counted(found)))
     return [one for one in listed if one.found]
@@ -77,6 +77,11 @@ def commands(chosen: Chosen) -> list[tuple[str, str]]:
 
 def reproduce(folder: object) -> str:
     return shlex.join(["python", "-m", "soup", "--config-path", str(folder)])
+
+
+def _by_name(packages: Mapping[str, Any]) -> dict[str, str]:
+    """Packages call themselves liger_kernel or liger-kernel; pip takes the two for one."""
+    return {str(name).lower().replace("_", "-"): str(version) for name, version in packages.items()}
 
 
 def _counted(values: Sequence[str]) -> tuple[tuple[str, int], ...]:

@@ -122,7 +122,7 @@ ENVIRONMENT = {
     "python": "3.11",
     "source": "0123456789abcdef",
     "threads": 1,
-    "packages": {"torch": "2.13.0", "trl": "1.12.0"},
+    "packages": {"torch": "2.13.0", "trl": "1.12.0", "liger_kernel": "0.8.5"},
 }
 
 

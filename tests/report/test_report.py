@@ -20,6 +20,7 @@ from soup.cli.main import main, parse
 from soup.model import source
 from soup.record import Run, write_json
 from soup.report import page, point
+from soup.report.axes import axis
 from soup.report.chosen import choose
 from soup.report.content import gather
 from soup.report.curves import curves, thinned
@@ -329,6 +330,16 @@ def test_no_torch(grid):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]" and not done.stderr
+
+
+def test_labels_of_an_axis_do_not_lie_over_one_another():
+    found = axis("eval_loss", [3.49, 3.507, 4.608, 4.627])
+    assert [label for _, label in found.ticks] == ["4.627", "3.49"] and found.places[1] == 3.507
+    log = axis("optim.lr", [1e-4, 1e-3, 1e-2])
+    assert log.places == pytest.approx((-4, -3, -2)) and [label for _, label in log.ticks][-1] == "0.0001"
+    names = axis("lora.r", ["16", "8", None, "all"])
+    assert [label for _, label in names.ticks] == ["8", "16", "all", "null"]
+    assert axis("x", [5, 5]).ticks == ((5.0, "5"),)
 
 
 def test_values_as_people_read_them():

@@ -192,7 +192,8 @@
   }
   function drawParallel() {
     const { ids, axes } = data.parallel;
-    const steps = STEPS[theme()], last = Math.max(1, ids.length - 1);
+    // A few runs have the colours of their curves, many those of their ranks.
+    const steps = few ? ids.map((id) => colour(points[place.get(id)])) : STEPS[theme()], last = Math.max(1, ids.length - 1);
     const before = parallel.data?.[0].dimensions;
     Plotly.react(parallel, [{
       type: "parcoords",
