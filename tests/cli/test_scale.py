@@ -64,7 +64,8 @@ def test_points_that_share_data_have_it_measured_once_and_others_their_own(plan,
     assert asked.count("lengths") == 2 and asked.count("fingerprint") == 4
 
 
-def test_a_point_that_shares_all_but_its_seed_is_a_run_of_its_own(plan):
+@pytest.mark.usefixtures("plan")
+def test_a_point_that_shares_all_but_its_seed_is_a_run_of_its_own():
     def ids(points):
         found = checked(points, train=False)
         return [whereabouts(one).id for one in found]
