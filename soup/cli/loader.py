@@ -123,6 +123,7 @@ class SoupLoader(ConfigLoaderImpl):
         if key not in self._bases:
             base = super().load_sweep_config(master_config, chosen)
             own = OmegaConf.masked_copy(base, [name for name in base if name != "hydra"])
+            OmegaConf.set_struct(own, True)  # which the copy has lost: a key that is not there is refused
             self._bases[key] = None if "${hydra:" in OmegaConf.to_yaml(own) else own
             self._choices[id(own)] = OmegaConf.to_container(base.hydra.runtime.choices)
         return self._bases[key]
