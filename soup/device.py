@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+DRIVER = Path("/proc/driver/nvidia/gpus")  # an entry for each GPU
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # x86's two, and Arm's
 
 
@@ -59,7 +60,7 @@ def slots(requested: int | str, device: Device) -> int:
 
 def gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    every = [str(number) for number in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))]
+    every = [str(number) for number in range(len(list(DRIVER.glob("*"))))]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None or not every:
         return every

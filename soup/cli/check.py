@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from itertools import chain
@@ -24,7 +24,10 @@ from soup.schema import Config, check, merge_arguments
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """A point that can work. `model_folder`: the model's, or for a plan that of what stands in for its tokenizer."""
+    """A point that can work. `model_folder`: the model's, or for a plan that of what stands in for its tokenizer.
+
+    `content`: hashes of what it reads, which are part of its run's id; none where something stands in.
+    """
 
     point: Point
     config: Config
@@ -32,6 +35,21 @@ class Checked:
     model_folder: Path
     reports: Mapping[str, Report]
     plan: Plan
+    content: Mapping[str, str]
+
+
+class Shared:
+    """What is read once for all points of a command that read the same: reports of their data, hashes."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], Any] = {}
+
+    def once(self, what: str, of: Any, read: Callable[[], Any]) -> Any:
+        """`read()` for the first point whose `of` has this representation, its answer for the others."""
+        key = (what, repr(of))
+        if key not in self._found:
+            self._found[key] = read()
+        return self._found[key]
 
 
 def checked(points: Sequence[Point], *, train: bool) -> list[Checked | Refused]:
@@ -41,9 +59,10 @@ def checked(points: Sequence[Point], *, train: bool) -> list[Checked | Refused]:
     and its data is tokenised into the cache; without, lengths are measured and nothing is written.
     """
     found: list[Checked | Refused] = []
+    shared = Shared()
     for point in points:
         try:
-            found.append(_checked(point, train=train))
+            found.append(_checked(point, shared, train=train))
         except Refused as refused:
             found.append(refused)
     return found
@@ -73,7 +92,7 @@ def admitted(points: Sequence[Point], found: Sequence[Checked | Refused]) -> lis
     return good
 
 
-def _checked(point: Point, *, train: bool) -> Checked:
+def _checked(point: Point, shared: Shared, *, train: bool) -> Checked:
     config = check(point.tree)
     device = resolve(config.launch.device)
     facts = rules.facts(config, device=device.kind, model_config=None)
@@ -85,7 +104,7 @@ def _checked(point: Point, *, train: bool) -> Checked:
         raise Refused(problems)
     merge_arguments(config)
     rewards.load(config.task.rewards)
-    model = source.described(config.model, weights=train)
+    model = shared.once("model", config.model, lambda: source.described(config.model, weights=train))
     facts = rules.facts(config, device=device.kind, model_config=model.config)
     if problems := rules.broken(facts):
         raise Refused(problems)
@@ -93,7 +112,18 @@ def _checked(point: Point, *, train: bool) -> Checked:
         raise NotAvailableYet(unbuilt)
     if not model.notes and (problem := untargeted(config, model.folder, model.config)):
         raise Refused(problem)
-    reports = _reports(config, model.folder, train)
+    data = inputs.data_arguments(config, model.folder)
+    if not data["eval_fraction"]:
+        data["split_seed"] = None  # nothing is split by it
+    reports = shared.once(
+        "reports", (data, config.task.rewards), lambda: _reports(config, model.folder, train)
+    )
+    names = (data, config.model, config.task.files)
+    content = (
+        {}
+        if "model" in model.notes
+        else shared.once("content", names, lambda: inputs.content(config, model.folder))
+    )
     if config.longctx.rope_scaling_type != "none":
         scorers_fit(config)
     planned = plan(config, model=model.config, device=device, lengths=_lengths(reports))
@@ -104,6 +134,7 @@ def _checked(point: Point, *, train: bool) -> Checked:
         model_folder=model.folder,
         reports=reports,
         plan=replace(planned, notes=planned.notes | model.notes),
+        content=content,
     )
 
 

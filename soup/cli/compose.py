@@ -82,7 +82,8 @@ def point(cfg: DictConfig) -> Point:
     Raises:
         Refused: keys without a value, or interpolations that lead nowhere; all of them.
     """
-    HydraConfig.instance().set_config(cfg)  # for ${hydra:...}
+    if "job" in cfg.hydra:  # for ${hydra:...}, which a point that came without it does not read
+        HydraConfig.instance().set_config(cfg)
     problems = [problem for key in cfg if key != "hydra" for problem in unresolved(cfg, key, str(key))]
     if problems:
         raise Refused(problems)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from soup import inputs
 from soup.cli.check import Checked
 from soup.cli.compose import Point, differing
 from soup.cli.table import duration, lines, size
@@ -69,8 +68,7 @@ def whereabouts(one: Checked | Refused) -> Run | None:
     """The run of a point where it has been placed or would be; `None` where that cannot be known here."""
     if isinstance(one, Refused) or "model" in one.plan.notes:  # another model stands in for its tokenizer
         return None
-    content = inputs.content(one.config, one.model_folder)
-    run = Run(Path(one.config.run.root) / run_id(one.config.tree, content))
+    run = Run(Path(one.config.run.root) / run_id(one.config.tree, one.content))
     if one.config.run.resume == "never" and run.exists():
         return None  # it would get a folder of its own
     return run

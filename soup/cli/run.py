@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from soup import inputs
 from soup.cli import hints
 from soup.cli.check import Checked, admitted, checked
 from soup.cli.compose import Point
@@ -48,14 +47,13 @@ def _here(one: Checked | Refused) -> bool:
 
 def settle(one: Checked) -> Run:
     """The point's run folder, with everything that the training process reads."""
-    content = inputs.content(one.config, one.model_folder)
     run_config = one.config.run
     where = place(
-        Path(run_config.root), run_id(one.config.tree, content), one.config.tree, resume=run_config.resume
+        Path(run_config.root), run_id(one.config.tree, one.content), one.config.tree, resume=run_config.resume
     )
     _same_processes(where, one)
     if where.state() == "new":
-        write_json(where.folder / "inputs.json", content)
+        write_json(where.folder / "inputs.json", dict(one.content))
         write_json(where.plan, one.plan.to_dict())
     return where
 

@@ -238,3 +238,40 @@ def _kill_one(process, draw):
         if process.poll() is None:
             process.kill()
     return depth
+
+
+@pytest.mark.slow
+def test_each_slot_has_a_gpu_of_its_own(tree, place, tmp_path, monkeypatch):
+    """No GPU here: the queue is shown a driver with eight, of which it may use two; its runs train on the CPU."""
+    from soup import device
+    from soup.cli.loader import launcher
+
+    for number in range(8):
+        (tmp_path / f"driver/{number}").mkdir(parents=True)
+    monkeypatch.setattr(device, "DRIVER", tmp_path / "driver")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    (tmp_path / "look.py").write_text(
+        "import os, sys, time\n"
+        "def one(prompts, completions, **columns):\n"
+        f"    with open('{tmp_path}/seen', 'a') as file:\n"
+        "        print(os.getpid(), os.environ['CUDA_VISIBLE_DEVICES'], file=file)\n"
+        "    time.sleep(0.3)\n"
+        "    return [0.0] * len(prompts)\n"
+    )
+    words = ("task=grpo", f"task.rewards=[{tmp_path}/look.py:one]", "training.max_steps=3")
+    runs = [place(tree(*words, f"training.seed={seed}")) for seed in range(4)]
+    points = [sweep.SweepPoint(run=run.id) for run in runs]
+    settings = {"name": "local", "device": "cuda", "slots": "auto", "wait": True}
+    made = sweep.record(runs[0].folder.parent, command=[], settings=settings, objective="loss", points=points)
+    said = []
+    assert launcher("local").work(made, said.append) == 0
+    assert set(made.states().values()) == {"finished"}, said
+    seen = [line.split() for line in (tmp_path / "seen").read_text().splitlines()]
+    assert {gpu for _, gpu in seen} == {"2", "5"}
+    assert len({pid for pid, _ in seen}) == 4 and len({tuple(line) for line in seen}) == 4, "one GPU a run"
+    # Two at a time, and never both on one: as one starts, what still looks is on the other.
+    first = {pid: seen.index([pid, gpu]) for pid, gpu in seen}
+    last = {pid: len(seen) - 1 - seen[::-1].index([pid, gpu]) for pid, gpu in seen}
+    both = [(a, b) for a, gpu in seen for b, other in seen if a < b and gpu == other]
+    assert all(last[a] < first[b] or last[b] < first[a] for a, b in both)
+    assert any(first[a] < first[b] < last[a] for a, gpu in seen for b, other in seen if gpu != other)

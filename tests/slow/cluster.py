@@ -56,6 +56,7 @@ AccountingStoragePass={folder}/munge.socket
 AccountingStoreFlags=job_comment
 {nodes}
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=grace Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
@@ -78,7 +79,7 @@ PidFile={folder}/slurmdbd.pid
 
 class Cluster:
     """`environment` leads SLURM's commands to it. Nodes n1 and n2 have four CPUs each, whatever the machine has; of the
-    partitions low and high, high preempts low by requeueing."""
+    partitions, high preempts low and grace by requeueing, grace after a minute in which a job may end by itself."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="soup-slurm-"))  # short: a socket's path has 107 bytes

@@ -314,6 +314,35 @@ def test_more_time_than_a_job_has(submitted, alone, soup, cluster, unequal):
     assert unequal(alone(), run) == []
 
 
+def test_preempted_with_grace_then_killed_without_a_signal(submitted, alone, soup, cluster, reward, unequal):
+    """In the grace period it saves and requeues itself; after SIGKILL the same command submits it once more."""
+    soup.ended(soup.job("disturbed", submitted["disturbed"]))  # whose node this needs
+    words = (*LONG, reward, "launch.partition=grace", "launch.extra={nodelist:n2}")
+    soup("grace", *words)
+    (run,) = soup.runs("grace")
+    job = soup.job("grace", run)
+    soup.reached(run, 3)
+    begun = time.monotonic()
+    cluster.run("sbatch", "-p", "high", "-w", "n2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    soup.restart(job)
+    assert time.monotonic() - begun < 50, "it did not wait for the end of the grace period"
+
+    soup.reached(run, last_step(run) + 12)
+    soup.until(lambda: last_step(run) % SAVE_STEPS in (4, 5, 6), "a step without a checkpoint")
+    cluster.run("scancel", "--signal=KILL", "--full", job)
+    ended = soup.ended(job)
+    assert ended in ("FAILED", "CANCELLED") and (run.state(), run.result()) == ("interrupted", None)
+    assert soup.status("grace") == {run.id: ended.lower()}
+    reached, kept = last_step(run), int(run.last_checkpoint().name.removeprefix("checkpoint-"))
+    assert kept % SAVE_STEPS == 0 and kept < reached
+
+    assert "1 submitted" in soup("grace", *words)
+    again = soup.job("grace", run)
+    assert again != job and soup.ended(again) == "COMPLETED"
+    assert (run.state(), soup.status("grace")) == ("finished", {run.id: "finished"})
+    assert unequal(alone(), run) == []
+
+
 def last_step(run):
     lines = run.lines()
     return lines[-1]["step"] if lines else 0
