@@ -11,14 +11,14 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import NoReturn
 
-from soup.errors import NotAvailableYet, Problem, RecordError, Refused
+from soup.errors import Problem, RecordError, Refused
 
 
 @dataclass(frozen=True)
 class Command:
-    """`target` is "module:function", imported when called; `None` where the command is not built yet."""
+    """`target` is "module:function", imported when called."""
 
-    target: str | None
+    target: str
     says: str
     composes: bool = True  # its function takes (points, args), otherwise (words, args)
     json: bool = False
@@ -32,6 +32,9 @@ COMMANDS = {
     "prove": Command("soup.cli.prove:prove", "build it, show each setting requested and in force", json=True),
     "data": Command("soup.cli.data:data", "the data as the model sees it: masks, lengths, rejected rows"),
     "why": Command("soup.cli.why:why", "which rules speak about this combination"),
+    "doctor": Command(
+        "soup.cli.doctor:doctor", "what this machine can run, and what mends the rest", json=True
+    ),
     "runs": Command("soup.cli.runs:runs", "[show|compare|resume|export] [ID...]", composes=False, json=True),
     "status": Command(
         "soup.cli.status:status", "[SWEEP] [--watch]: where a sweep stands", composes=False, json=True
@@ -44,14 +47,17 @@ COMMANDS = {
     "logs": Command("soup.cli.logs:logs", "[-f] [SWEEP] [POINT]: what its runs say", composes=False),
     "cancel": Command("soup.cli.sweeps:cancel", "[SWEEP]: its runs save and stop", composes=False),
     "retry": Command("soup.cli.sweeps:retry", "[SWEEP]: run what is not finished", composes=False),
+    "recipes": Command(
+        "soup.cli.recipes:recipes", "[SEARCH]: experiments to start from", composes=False, json=True
+    ),
     "import": Command(
         "soup.cli.importing:import_",
         "FILE: another tool's configuration as an experiment",
         composes=False,
         json=True,
     ),
-    "doctor": Command(
-        "soup.cli.doctor:doctor", "what this machine can run, and what mends the rest", json=True
+    "schema": Command(
+        "soup.cli.json_schema:print_schema", "the configuration as JSON Schema, for an editor", composes=False
     ),
 }
 
@@ -104,9 +110,6 @@ def _main(argv: Sequence[str]) -> int:
 
         return show(args)
     command = COMMANDS[args.command]
-    if command.target is None:
-        fix = "`soup --help` lists what there is"
-        raise NotAvailableYet(Problem(key=args.command, why="not available yet", fix=fix))
     module, _, name = command.target.partition(":")
     if not command.composes:
         return getattr(import_module(module), name)(args.words, args)
