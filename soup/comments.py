@@ -39,7 +39,7 @@ def choices(group: str, conf: Path) -> list[Choice]:
     found = []
     for path in sorted((conf / group).glob("*.yaml")):
         text = path.read_text()
-        leaves = [leaf for leaf in _leaves(text, yaml.compose(text))]
+        leaves = [leaf for leaf in _leaves(text, _root(text))]
         names = {leaf.path.rpartition(".")[2]: leaf.value for leaf in leaves if leaf.path.endswith("name")}
         kept = tuple(leaf for leaf in leaves if leaf.path.rpartition(".")[2] != "name")
         found.append(Choice(path.stem, names.get("name", path.stem), header(text), kept))
@@ -48,13 +48,20 @@ def choices(group: str, conf: Path) -> list[Choice]:
 
 def header(text: str) -> str:
     """The comment at the top of a YAML, in one line; its `@package` left out."""
-    start = yaml.compose(text).start_mark.index
+    start = _root(text).start_mark.index
     lines = [line.lstrip("# ") for line in text[:start].splitlines()]
     return " ".join(line for line in lines if not line.startswith("@package"))
 
 
 def _node(text: str, section: str) -> yaml.MappingNode:
-    return next(value for key, value in yaml.compose(text).value if key.value == section)
+    return next(value for key, value in _root(text).value if key.value == section)
+
+
+def _root(text: str) -> yaml.MappingNode:
+    root = yaml.compose(text)
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError("not a mapping")
+    return root
 
 
 def _leaves(text: str, node: yaml.MappingNode, prefix: str = "") -> Iterator[Leaf]:
