@@ -22,7 +22,6 @@ from soup.errors import Problem, Refused
 HELP = """\
 soup fine-tunes language models, and checks every setting before it costs anything.
   soup [COMMAND] [group=choice] [key=value] [flags]      in any order; `python -m soup` is the same
-
 Commands
 {commands}
 
