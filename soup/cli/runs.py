@@ -1,4 +1,4 @@
-"""`soup runs [show|compare|resume|export] [ID...]`: what has been trained, and what can be done with it."""
+"""`soup runs [show|compare|resume|export|push] [ID...]`: what has been trained, and what can be done with it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,18 @@ METRICS = ("step", "loss", "reward", "eval_loss", "tokens", "tokens_per_s", "pea
 def runs(words: list[str], args: Namespace) -> int:
     """Dispatches on the first word; without one, lists all runs."""
     root = Path(args.run_root)
+    if words[:1] == ["push"]:  # whose second word is no run
+        from soup.cli.push import push
+
+        return push(words[1:], args)
     verbs = {"show": show, "compare": compare, "resume": resume, "export": export}
     if not words:
         return list_runs(root)
     if words[0] not in verbs:
         raise Refused(
-            Problem(key="runs", value=words[0], why="is no such action", fix=f"one of: {', '.join(verbs)}")
+            Problem(
+                key="runs", value=words[0], why="is no such action", fix=f"one of: {', '.join(verbs)}, push"
+            )
         )
     return verbs[words[0]](find(root, words[1:] or ["latest"]), args)
 

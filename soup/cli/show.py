@@ -21,9 +21,7 @@ from soup.errors import Problem, Refused
 
 HELP = """\
 soup fine-tunes language models, and checks every setting before it costs anything.
-
-  soup [COMMAND] [group=choice] [key=value] [flags]       in any order; `python -m soup` is the same
-
+  soup [COMMAND] [group=choice] [key=value] [flags]      in any order; `python -m soup` is the same
 Commands
 {commands}
 
@@ -31,19 +29,18 @@ Groups, and their choices (the first is what you get if you say nothing)
 {groups}
 
 Examples
-  soup experiment=quickstart                          the demo
-  soup data.train=rows.jsonl training.epochs=3        your own rows
-  soup plan task=dpo lora=dora model=hub model.base=./folder
-  soup --multirun lora.r=8,16,32 optim.lr=1e-4,2e-4   a sweep of six runs
-  soup --multirun sweep.zip=[lora.r,lora.alpha] lora.r=8,16 lora.alpha=16,32      two: values in pairs
-  soup --multirun sweep.random=20 'optim.lr=tag(log,interval(1e-5,1e-3))'         twenty, drawn by sweep.seed
+  soup experiment=quickstart                           the demo; `soup recipes` lists others
+  soup data.train=rows.jsonl training.epochs=3         your own rows
+  soup --multirun lora.r=8,16,32 optim.lr=1e-4,2e-4    a sweep of six; also sweep.zip=, sweep.random=
 
 Flags
-  --multirun  a sweep          --cfg job  the composed configuration   --info  how it came about
-  --json      plan prove runs status      --watch  status              -f  logs
-  --config-dir DIR  your own YAML         --shell-completion install=bash
-  --version                    --hydra-help  Hydra's flags and groups
+  --multirun a sweep       --cfg job the composed configuration      --info how it came about
+  --json     {json}
+  --config-dir DIR your own YAML     --shell-completion install=bash (zsh, fish)     --version
 """
+
+
+TOGETHER = "status logs cancel retry "
 
 
 def show(args: Namespace) -> int:
@@ -77,9 +74,13 @@ def show_help(args: Namespace) -> int:
                 options = loader.get_group_options(group)
                 default = chosen[group] or "(none)"
                 groups[group] = [default, *(option for option in options if option != default)]
-    commands = "\n".join(f"  {name:8}{command.says}" for name, command in COMMANDS.items() if command.target)
-    listed = "\n".join(f"  {group:13}{shorten(' '.join(groups[group]), 95)}" for group in reversed(groups))
-    sys.stdout.write(HELP.format(commands=commands, groups=listed))
+    shown = {name: command.says for name, command in COMMANDS.items() if name not in TOGETHER.split()}
+    shown[TOGETHER] = "[SWEEP]: where a sweep stands, what it says, stop it, go on with it"
+    commands = "\n".join(f"  {name:9}{says}" for name, says in shown.items())
+    # A terminal of 80 columns shows each in a line.
+    listed = "\n".join(f"  {group:12}{shorten(' '.join(groups[group]), 66)}" for group in reversed(groups))
+    takers = " ".join(name for name, command in COMMANDS.items() if command.json)
+    sys.stdout.write(HELP.format(commands=commands, groups=listed, json=takers))
     return 0
 
 

@@ -217,7 +217,7 @@ def at(file: File, path: str, default: Any = None) -> Any:
 
 SCHEDULERS = {name: Put("optim.scheduler", name) for name in ("cosine", "linear", "constant")}
 SCHEDULERS["constant_with_warmup"] = Put("optim.scheduler", "constant")
-SCHEDULER = each(SCHEDULERS, "soup has cosine, linear and constant, after a warm-up")  # type: ignore[arg-type]
+SCHEDULER = each(SCHEDULERS, "soup has cosine, linear and constant, after a warm-up")
 OPTIMIZERS: dict[Any, list[Outcome] | Outcome] = {
     "adamw_torch": Choose("optim", "adamw"),
     "adamw_torch_fused": Choose("optim", "adamw"),

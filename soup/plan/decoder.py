@@ -98,7 +98,9 @@ def shape(model: Mapping[str, Any]) -> Shape:
         other += query + 2 * kv + hidden
     if model.get("mlp_bias"):
         other += 2 * ff + hidden
-    dense_linears, dense_other, dense = (), 0, ()
+    dense_linears: tuple[tuple[str, int, int, int], ...] = ()
+    dense: tuple[int, ...] = ()
+    dense_other = 0
     if is_moe(model):
         dense = mixture.dense_layers(model, layers)
         dense_linears, dense_other = (*linears, *mixture.gated("mlp.", hidden, ff)), other

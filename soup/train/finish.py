@@ -10,8 +10,11 @@ from soup.model import source
 from soup.model.rope import differing
 from soup.record import Run, write_json
 from soup.rope import BASE_CONFIG, Scaling, scaling
+from soup.schema import Config
 from soup.train import ranks
 from soup.train.build import Built
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 512)  # of those that its --max-lora-rank takes
 
 
 def save_model(run: Run, built: Built, final: dict[str, Any]) -> None:
@@ -77,7 +80,7 @@ Fine-tuned from `{base}` by soup (task {config.tree["task"]["name"]}), run `{run
 {load}
 ```
 
-{_context(stretched, adapter)}## Results
+{_serving(config, scores, stretched)}{_context(stretched, adapter)}## Results
 
 {metrics}
 
@@ -88,6 +91,33 @@ Fine-tuned from `{base}` by soup (task {config.tree["task"]["name"]}), run `{run
 ```
 """
     return str(ModelCard(content))
+
+
+def _serving(config: Config, scores: bool, stretched: Scaling | None) -> str:
+    """How vLLM serves it, or why it needs the adapter folded in for that."""
+    if scores:
+        return ""
+    if config.lora.r is None:
+        return "With vLLM: `vllm serve FOLDER`.\n\n"
+    merged = (
+        "`soup runs export --merged` folds the adapter in, and `vllm serve FOLDER` takes that: vLLM serves no"
+    )
+    if config.lora.use_dora:
+        return f"{merged} DoRA.\n\n"
+    if config.training.moe_lora:
+        return f"{merged} adapters on fused experts.\n\n"
+    if stretched is not None:
+        return f"{merged} other context beside an adapter than its base's.\n\n"
+    base = config.model.base if not config.model.embedded else "HuggingFaceTB/SmolLM2-135M-Instruct"
+    rank = next((rank for rank in VLLM_RANKS if rank >= (config.lora.r or 0)), None)
+    if rank is None:
+        return f"{merged} rank above {VLLM_RANKS[-1]}.\n\n"
+    words = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned=FOLDER"
+    return (
+        f"With transformers alone, once `soup runs export --merged` has folded the adapter in:\n\n```python\n"
+        f"from transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("MERGED")\n```\n\nWith vLLM: `{words}`.\n\n'
+    )
 
 
 def _context(stretched: Scaling | None, adapter: bool) -> str:

@@ -109,7 +109,7 @@ class MLflow:
         self._try(lambda: self._client.log_batch(self._id, metrics=values))
 
     def finish(self, status: str) -> None:
-        ended = {"finished": "FINISHED", "interrupted": "KILLED"}.get(status, "FAILED")
+        ended = {"finished": "FINISHED", "interrupted": "KILLED", "pruned": "KILLED"}.get(status, "FAILED")
         self._try(lambda: self._client.set_tag(self._id, "status", status))
         self._try(lambda: self._client.set_terminated(self._id, ended))
 

@@ -1,6 +1,7 @@
 """Shell completion: commands, groups, choices and keys."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -49,13 +50,66 @@ def test_own_choices(candidates, tmp_path):
     assert candidates(f"soup --config-dir {tmp_path}/own experiment=min") == ["experiment=mine"]
 
 
-def test_the_script_for_python_m_completes_in_bash():
-    script = """
-        eval "$($PYTHON -m soup --shell-completion install=bash)"
-        COMP_LINE="$PYTHON -m soup lora.alp" COMP_CWORD=3
-        soup_module_completion
-        echo "${COMPREPLY[@]}"
+LINES = {"task=dp": "task=dpo", "optim=galore optim.galore_r": "optim.galore_rank="}
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """`soup` and `python -m soup`, as a shell finds them."""
+    folder = tmp_path_factory.mktemp("programs")
+    program = folder / "soup"
+    program.write_text(f"#!{sys.executable}\nfrom soup.cli.main import console\nconsole()\n")
+    program.chmod(0o755)
+    (folder / "python").symlink_to(sys.executable)
+    paths = {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return os.environ | paths | {"HOME": str(folder), "TERM": "dumb"}
+
+
+def ask(shell, script, environment):
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    flags = ["-f"] if shell == "zsh" else []
+    done = subprocess.run(
+        [shell, *flags, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    return done.stdout.split() if done.returncode == 0 else pytest.fail(done.stderr)
+
+
+@pytest.mark.parametrize("program", ["soup", "python -m soup"])
+@pytest.mark.parametrize("line", LINES)
+def test_bash_completes(program, line, programs):
+    script = f"""
+        eval "$({program} --shell-completion install=bash)"
+        COMP_LINE="{program} {line}" COMP_POINT={len(program) + 1 + len(line)}
+        soup_completion
+        echo "${{COMPREPLY[@]}}"
     """
-    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "lora.alpha="
+    assert LINES[line] in ask("bash", script, programs)
+
+
+@pytest.mark.parametrize("program", ["soup", "python -m soup"])
+@pytest.mark.parametrize("line", LINES)
+def test_fish_completes(program, line, programs):
+    script = f"{program} --shell-completion install=fish | source; complete -C '{program} {line}'"
+    assert LINES[line] in ask("fish", script, programs)
+
+
+@pytest.mark.parametrize("program", ["soup", "python -m soup"])
+@pytest.mark.parametrize("line", LINES)
+def test_zsh_completes(program, line, programs):
+    """A real terminal: what is typed, a tab, and what stands on the line then."""
+    keys = f"{program} {line}\t"
+    script = f"""
+        zmodload zsh/zpty
+        zpty shell zsh -f -i
+        zpty -w shell 'PS1=; autoload -Uz compinit; compinit -u; eval "$({program} -sc install=zsh)"; echo RE""ADY'
+        zpty -r shell out '*READY*'
+        zpty -n -w shell $'{keys.encode("unicode_escape").decode()}'
+        typeset all=; repeat 100; do
+            sleep 0.1; zpty -r -t shell part && all+=$part
+            [[ $all == *'{LINES[line]}'* ]] && break
+        done
+        print -r -- $all
+        zpty -d shell
+    """
+    assert any(LINES[line] in word for word in ask("zsh", script, programs))

@@ -50,9 +50,22 @@ def test_every_dependency_is_pinned_within_its_range():
             assert requirement.specifier.contains(version), (str(requirement), version)
 
 
+def test_extras_have_the_names_that_people_type():
+    extras = PROJECT["project"]["optional-dependencies"]
+    typed = {"fast", "liger", "qat", "ring-attn", "deepspeed", "galore", "slurm", "wandb", "all"}
+    assert typed <= set(extras)
+    for name in typed - {"ring-attn"}:  # torch alone carries it
+        assert extras[name], name
+    # What a refusal or `soup doctor` tells people to install is there.
+    named = set()
+    for path in [*CHECKOUT.glob("soup/choices/*.py"), *CHECKOUT.glob("soup/doctor/*.py")]:
+        named |= set(re.findall(r'extra="([a-z-]+)"|_extra\("([a-z-]+)"\)', path.read_text()))
+    assert {a or b for a, b in named} <= set(extras)
+
+
 def test_make_help_names_every_target():
     shown = subprocess.run(["make", "help"], cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
-    for target in ("help", "setup", "demo", "test", "test-all", "check", "bench", "clean"):
+    for target in ("help", "setup", "demo", "test", "test-all", "check", "docs-site", "bench", "clean"):
         assert re.search(rf"^{target} ", shown, re.MULTILINE), target
 
 
