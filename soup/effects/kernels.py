@@ -71,6 +71,8 @@ def _attention_calls(built: Any, model: Any) -> Counter[str]:
                 calls["flash_attention_3"] += 1
             elif name in FLASH_CALLS and module.startswith("flash_attn."):
                 calls["flash_attention_2"] += 1
+            elif name == "ring_attention_forward":  # of a whole row, as here, it is torch's
+                calls.update({"ring": 1, "sdpa": -1})
             elif name == "flex_attention_forward":
                 calls["flex_attention"] += 1
 
@@ -86,7 +88,7 @@ def _attention_calls(built: Any, model: Any) -> Counter[str]:
             model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False)
         finally:
             sys.setprofile(before)
-    return calls
+    return +calls
 
 
 def liger(built: Any) -> Iterator[Effect]:

@@ -24,7 +24,7 @@ def length(built: Any) -> Iterator[Effect]:
             "training.epochs", training.epochs, None, True, "training.max_steps wins; a stream has no length"
         )
         return
-    task, width = built.config.task, training.batch_size * built.config.distributed.world
+    task, width = built.config.task, training.batch_size * built.config.replicas
     sequences = len(trainer.train_dataset) * task.samples
     per_epoch = max(1, math.ceil(math.ceil(sequences / width) / training.gradient_accumulation_steps))
     if task.drop_last:

@@ -3,8 +3,8 @@
 A rule holds when every condition of its `when` does. Three kinds of facts are looked at: every leaf of the
 configuration by its full key, each group's chosen function by the group's name, and `device` (cpu or cuda: what
 the run will train on), `model.moe` and `model.balanced` (from the model's config.json), and those that no key holds:
-`task.whole_groups`, `task.weighed`, `data.weighed`, `lora.names_experts` and `distributed.world` (processes in all). A
-fact that is not known matches nothing.
+`task.whole_groups`, `task.weighed`, `data.weighed`, `longctx.whole_rings`, `lora.names_experts` and `distributed.world`
+(processes in all). A fact that is not known matches nothing.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def facts(config: Config, *, device: str, model_config: Mapping[str, Any] | None
     rows = config.training.batch_size * config.training.gradient_accumulation_steps * config.distributed.world
     found["distributed.world"] = config.distributed.world
     found["task.whole_groups"] = rows % config.task.samples == 0
+    found["longctx.whole_rings"] = config.distributed.world % config.longctx.ring_size == 0
     weights = config.task.args.get("reward_weights")
     found["task.weighed"] = weights is None or len(weights) == len(config.tree["task"]["rewards"])
     given = config.data.weights
