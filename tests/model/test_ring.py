@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
-import socket
 
 import pytest
 
@@ -14,19 +12,15 @@ SHAPES = random.Random(5)
 
 
 @pytest.fixture(scope="session")
-def ask():
+def ask(forkserver):
     """`ask("attention", 3, ...)`: what each of three processes answers. Four are started once."""
-    from tests.model import ring_worker
+    from tests import ring_worker
 
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["soup.model.ring", "tests.model.ring_worker"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = ring_worker.free_port()
     pipes, processes = [], []
     for rank in range(ring_worker.LARGEST):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=ring_worker.serve, args=(rank, port, theirs), daemon=True)
+        ours, theirs = forkserver.Pipe()
+        process = forkserver.Process(target=ring_worker.serve, args=(rank, port, theirs), daemon=True)
         process.start()
         pipes.append(ours)
         processes.append(process)
@@ -48,7 +42,7 @@ def whole(seed, q_shape, k_shape, v_width, dtype, starts):
     """Output and gradients by the definition, in float64."""
     import torch
 
-    from tests.model import ring_worker
+    from tests import ring_worker
 
     given = ring_worker.tensors(seed, q_shape, k_shape, v_width, getattr(torch, dtype))
     q, k, v, grad = (t.double() for t in given)
