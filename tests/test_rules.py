@@ -20,6 +20,7 @@ FACTS = {
     "lora.names_experts": (True,),
     "task.whole_groups": (False,),
     "distributed.world": (1,),
+    "longctx.whole_rings": (False,),
     "task.weighed": (False,),
     "data.weighed": (False,),
 }

@@ -18,13 +18,14 @@ def refuse_unfit(model: Mapping[str, Any], longest: int | None = None) -> None:
 
     `longest`: tokens of the longest row, where it is known.
     """
-    model = model.get("text_config") or model
-    if (found := _obstacle(model, longest)) is not None:
+    if (found := obstacle(model, longest)) is not None:
         why, fix = found
         raise Refused(Problem(key=RING_KEY, value="true", why=why, fix=f"{fix}{RING_KEY}=false"))
 
 
-def _obstacle(model: Mapping[str, Any], longest: int | None) -> tuple[str, str] | None:
+def obstacle(model: Mapping[str, Any], longest: int | None) -> tuple[str, str] | None:
+    """Why not, and what else to change, `None` where nothing is known to be in the way."""
+    model = model.get("text_config") or model
     name = f"this {model.get('model_type')} model"
     kinds = set(model.get("layer_types") or ())
     rotary = current(model).get("rope_type") or current(model).get("type")
