@@ -25,7 +25,7 @@ def join(rank, size, port):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
     os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     if size > 1:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", timeout=timedelta(seconds=600))
 
 
 def answer(function, rank, size, port, pipe, given):
@@ -34,7 +34,7 @@ def answer(function, rank, size, port, pipe, given):
 
     try:
         join(rank, size, port)
-        pipe.send((True, globals()[function](rank, **given)))
+        pipe.send((True, globals()[function](**given)))
     except BaseException:  # noqa: BLE001, what went wrong is told by who asked
         pipe.send((False, traceback.format_exc()))
 
@@ -85,35 +85,34 @@ def attention(rank, size, group, *, seed, q_shape, k_shape, v_width, dtype, star
     return cut.positions, [t.detach().float().numpy() for t in (out, q.grad, k.grad, v.grad)]
 
 
-def build(rank, tree, folder):
+def build(tree, folder):
     from soup import device, schema
     from soup.model import source
     from soup.train.build import build
 
     config = schema.check(tree)
     where = source.folder(config.model)
-    own = Path(folder) / str(rank)
-    return build(config, device=device.resolve("cpu"), model_folder=where, output=own)
+    return build(config, device=device.resolve("cpu"), model_folder=where, output=Path(folder))
 
 
-def train(rank, *, tree, folder):
+def train(*, tree, folder):
     """What is logged, and the effects that are not in force."""
     from soup import effects
 
-    built = build(rank, tree, folder)
+    built = build(tree, folder)
     wrong = {one.key: one.how for one in effects.prove(built) if not one.ok}
-    built.trainer.metrics_file = Path(folder) / f"metrics.{rank}.jsonl"
+    built.trainer.metrics_file = Path(folder) / "metrics.jsonl"
     built.trainer.train()
     return built.trainer.state.log_history, wrong
 
 
-def prove(rank, *, tree, folder, sabotage):
+def prove(*, tree, folder, sabotage):
     """The effects that are not in force after `sabotage`, a function of tests.ring_sabotage."""
     from soup import effects
     from tests import ring_sabotage
 
     spoil = getattr(ring_sabotage, sabotage)()
-    built = build(rank, tree, folder)
+    built = build(tree, folder)
     if spoil is not None:
         spoil(built)
     return {one.key: one.how for one in effects.prove(built) if not one.ok}

@@ -21,7 +21,6 @@ FACTS = {
     "task.whole_groups": (False,),
     "distributed.world": (1,),
     "longctx.whole_rings": (False,),
-    "longctx.whole_rings": (False,),
     "task.weighed": (False,),
     "data.weighed": (False,),
 }

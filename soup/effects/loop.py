@@ -327,10 +327,11 @@ def freezing(built: Any) -> Iterator[Effect]:
 
 def _batches(built: Any) -> Iterator[list[int]]:
     """Row numbers of the batches of the first epoch, by all processes together: each batch is the first one's part,
-    then the second's, and so on. From a copy of the sampler: the real one stays unread."""
+    then the second's, and so on; a ring counts once. From a copy of the sampler: the real one stays unread."""
     from soup.train import ranks
 
-    for parts in zip(*ranks.gather(list(_own_batches(built))), strict=True):
+    readers = ranks.gather(list(_own_batches(built)))
+    for parts in zip(*readers[:: len(readers) // built.config.replicas], strict=True):
         yield [row for part in parts for row in part]
 
 

@@ -7,7 +7,6 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 from soup.effects import Effect, same
@@ -47,6 +46,8 @@ def ring(built: Any) -> Iterator[Effect]:
 
 def _parts(built: Any) -> tuple[int, str]:
     """Processes that draw the rows that this one draws first, and the layout by which their parts are those rows."""
+    from soup.train import ranks
+
     trainer, size = built.trainer, built.config.longctx.ring_size
     state = torch.get_rng_state()
     try:
@@ -57,9 +58,9 @@ def _parts(built: Any) -> tuple[int, str]:
     rows = [trainer.train_dataset[number] for number in numbers]
     part_BT = loader.collate_fn([dict(row) for row in rows])["input_ids"]
     whole_BT = trainer.data_collator([dict(row) for row in rows])["input_ids"]
-    everyone = _of_all((numbers, part_BT))
+    everyone = ranks.gather((numbers, part_BT))
     held = sum(drawn == numbers for drawn, _ in everyone)
-    ring = torch.distributed.get_rank() // size
+    ring = ranks.rank() // size
     parts = [part for _, part in everyone[ring * size : (ring + 1) * size]]
     for layout, chunks in (("contiguous", 1), ("zigzag", 2)):
         pieces = [part.tensor_split(chunks, 1) for part in parts]
@@ -74,6 +75,7 @@ def _parts(built: Any) -> tuple[int, str]:
 def _off(built: Any) -> float:
     """The largest difference of logits and of gradients with regard to embeddings, over their norms, of any process."""
     from soup.effects.moe import every_expert
+    from soup.train import ranks
 
     trainer, model = built.trainer, built.model
     size = built.config.longctx.ring_size
@@ -88,14 +90,7 @@ def _off(built: Any) -> float:
         with trainer.laid(cut):
             logits, grad = _passed(model, cut, last, at)
     pairs = ((logits, whole_logits[:, at]), (grad, whole_grad[:, at]))
-    return max(_of_all(max(_apart(found, wanted) for found, wanted in pairs)))
-
-
-def _of_all(value: Any) -> list[Any]:
-    """Every process's, by rank."""
-    found = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, value)
-    return found
+    return max(ranks.gather(max(_apart(found, wanted) for found, wanted in pairs)))
 
 
 def _apart(found: Tensor, wanted: Tensor) -> float:
