@@ -62,8 +62,9 @@ def test_it_learns_what_one_process_learns(losses, processes, size, words):
         assert logged == pytest.approx(alone, rel=2e-5)
 
 
+NO_DROPOUT = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
 FAMILIES = {
-    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "attn_pdrop": 0.0},
+    "gpt2": NO_DROPOUT | {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "qwen3": {"head_dim": 16, "num_key_value_heads": 2},
     "gemma": {"head_dim": 16, "num_key_value_heads": 1},
     "mixtral": {},
