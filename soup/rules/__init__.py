@@ -86,6 +86,7 @@ def markdown() -> str:
         if not rule.pending:
             cells = (f"`{rule.condition()}`", rule.why, rule.fix, rule.source or "")
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    lines += ["", "## Composes and plans, does not train yet", ""]
-    lines += [f"- `{rule.condition()}`" for rule in RULES if rule.pending]
+    if any(rule.pending for rule in RULES):
+        lines += ["", "## Composes and plans, does not train yet", ""]
+        lines += [f"- `{rule.condition()}`" for rule in RULES if rule.pending]
     return "\n".join(lines) + "\n"

@@ -760,6 +760,4 @@ RULES: tuple[Rule, ...] = (
         why="PPO learns from a reward model",
         fix="task.reward_model=FOLDER, as `python -m soup task=reward` trains one from preference pairs",
     ),
-    # Composes and plans; the training part is not built yet
-    _pending("data.streaming", True, {"backend": "unsloth"}),
 )

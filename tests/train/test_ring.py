@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+STOP = """
+import os, signal
+from soup.train.callbacks import Recorder
+log = Recorder.on_log
+def on_log(self, args, state, control, **rest):
+    log(self, args, state, control, **rest)
+    if state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+Recorder.on_log = on_log
+"""
 LOGGED = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "eval_loss", "num_tokens")
 SHARED = ("model.dtype=float32", "training.max_steps=3", "training.logging_steps=1", "training.eval_steps=2")
 CASES = {
@@ -13,10 +25,14 @@ CASES = {
         3,
         ("task=pretrain", "training.packing=true", "lora=none", "training.batch_size=2"),
     ),
-    "contiguous, odd lengths": (2, 2, ("data.max_length=101", "longctx.ring_layout=contiguous")),
     "weights cut too": (2, 2, ("distributed=fsdp_full_shard", "lora=none")),
-    "ZeRO, all weights": (2, 2, ("distributed=zero3", "lora=none")),
     "two rings": (4, 2, ("training.gradient_checkpointing=true", "training.gradient_accumulation_steps=2")),
+}
+MORE = {
+    "contiguous, odd lengths": (2, 2, ("data.max_length=101", "longctx.ring_layout=contiguous")),
+    "ZeRO-2": (2, 2, ("distributed=zero2", "lora=none")),
+    "ZeRO-3": (2, 2, ("distributed=zero3", "lora=none")),
+    "four in a ring": (4, 4, ("task=pretrain", "training.packing=true", "optim=muon", "lora=none")),
 }
 
 
@@ -50,7 +66,11 @@ def ring(processes, size):
     )
 
 
-@pytest.mark.parametrize(("processes", "size", "words"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("processes", "size", "words"),
+    [pytest.param(*case, id=name) for name, case in CASES.items()]
+    + [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in MORE.items()],
+)
 def test_it_learns_what_one_process_learns(losses, processes, size, words):
     """To 2e-5 of losses and gradient norms in float32: sums are made in another order."""
     replicas = processes // size
@@ -91,3 +111,20 @@ def test_sixteen_bits(losses):
     (alone,) = losses(1, *words)
     for logged in losses(2, *ring(2, 2), *words):
         assert logged == pytest.approx(alone, rel=1e-2, abs=2e-2)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(several, place, tree, unequal):
+    words = ("task=pretrain", "training.packing=true", "training.batch_size=2", "training.max_steps=6")
+    words += ("training.save_steps=2", "training.logging_steps=1", "training.eval_steps=2", "optim.lr=5e-3")
+    tree = tree(*ring(2, 2), *words)
+    whole, stopped = place(tree, "whole"), place(tree, "stopped")
+    process = several(whole, 2)
+    assert process.wait() == 0, process.stdout.read()
+    assert several(stopped, 2, code=STOP).wait() == 0
+    assert stopped.state() == "interrupted"
+    process = several(stopped, 2)
+    assert process.wait() == 0, process.stdout.read()
+    assert unequal(whole, stopped) == []
+    proved = json.loads(whole.effective.read_text())
+    assert proved["longctx.ring_size"]["effective"] == 2
+    assert [key for key, one in proved.items() if not one["ok"]] == []
