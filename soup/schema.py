@@ -38,6 +38,12 @@ class Config:
     training: specs.TrainingSpec
     run: specs.RunSpec
 
+    @property
+    def replicas(self) -> int:
+        """Processes that read rows of their own: one of each ring."""
+        ring = self.longctx.ring_size if self.longctx.use_ring_attention else 1
+        return max(1, self.distributed.world // ring)
+
     def specs(self) -> tuple[specs.Spec, ...]:
         """Every spec of the configuration."""
         single = [getattr(self, group) for group in (*GROUPS, *SECTIONS) if group != "tracking"]

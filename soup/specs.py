@@ -167,12 +167,16 @@ class DistributedSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class LongctxSpec(Spec):
-    """Longer contexts than the model was trained for. `parameters`: those of the kind of scaling, beside its factor."""
+    """Longer contexts than the model was trained for. `parameters`: those of the kind of scaling, beside its factor.
+
+    `ring_layout`: how a row is cut for the `ring_size` processes of a ring (see soup.ring).
+    """
 
     rope_scaling_type: str
     rope_factor: float | None
     use_ring_attention: bool
     ring_size: int
+    ring_layout: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 

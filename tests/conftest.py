@@ -332,3 +332,40 @@ def until() -> Callable[..., None]:
             time.sleep(every_s)
 
     return wait
+
+
+@pytest.fixture(scope="session")
+def forkserver() -> Any:
+    """A multiprocessing context whose processes come from a server that has imported what training imports."""
+    import multiprocessing
+
+    from tests import ring_worker
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(ring_worker.PRELOAD)
+    return context
+
+
+@pytest.fixture(scope="session")
+def together(forkserver) -> Callable[..., list[Any]]:
+    """`together("train", 2, tree=..., folder=...)`: what each of two processes of one run gives back."""
+    from tests import ring_worker
+
+    def run(function: str, size: int, **given: Any) -> list[Any]:
+        port, started = ring_worker.free_port(), []
+        for rank in range(size):
+            ours, theirs = forkserver.Pipe()
+            arguments = (function, rank, size, port, theirs, given)
+            process = forkserver.Process(target=ring_worker.answer, args=arguments, daemon=True)
+            process.start()
+            started.append((ours, process))
+        found = []
+        for ours, process in started:
+            assert ours.poll(120), "no answer"
+            right, answer = ours.recv()
+            assert right, answer
+            found.append(answer)
+            process.join(10)
+        return found
+
+    return run

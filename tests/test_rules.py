@@ -21,6 +21,7 @@ FACTS = {
     "task.whole_groups": (False,),
     "distributed.world": (1,),
     "launch.gpus_fit": (False,),
+    "longctx.whole_rings": (False,),
     "task.weighed": (False,),
     "data.weighed": (False,),
 }

@@ -10,15 +10,21 @@ from soup.specs import LongctxSpec
 
 Factor = Annotated[float, Gt(1)]
 Ring = Annotated[int, Ge(1)]
+Layout = Literal["zigzag", "contiguous"]
 Positive = Annotated[float, Gt(0)]
 Factors = Annotated[list[Positive], Len(1)]
 
 
 def none(
-    *, rope_scaling_type: Literal["none"], rope_factor: None, use_ring_attention: bool, ring_size: Ring
+    *,
+    rope_scaling_type: Literal["none"],
+    rope_factor: None,
+    use_ring_attention: bool,
+    ring_size: Ring,
+    ring_layout: Layout,
 ) -> LongctxSpec:
     """The model's own rotary embedding."""
-    return _spec(rope_scaling_type, rope_factor, use_ring_attention, ring_size)
+    return _spec(rope_scaling_type, rope_factor, use_ring_attention, ring_size, ring_layout)
 
 
 def rope(
@@ -27,9 +33,10 @@ def rope(
     rope_factor: Factor | None,
     use_ring_attention: bool,
     ring_size: Ring,
+    ring_layout: Layout,
 ) -> LongctxSpec:
     """Linear position interpolation (arXiv:2306.15595), and dynamic NTK scaling as in arXiv:2309.00071, appendix B."""
-    return _spec(rope_scaling_type, rope_factor, use_ring_attention, ring_size)
+    return _spec(rope_scaling_type, rope_factor, use_ring_attention, ring_size, ring_layout)
 
 
 def yarn(
@@ -38,6 +45,7 @@ def yarn(
     rope_factor: Factor | None,
     use_ring_attention: bool,
     ring_size: Ring,
+    ring_layout: Layout,
     beta_fast: Positive,
     beta_slow: Positive,
 ) -> LongctxSpec:
@@ -48,6 +56,7 @@ def yarn(
         rope_factor,
         use_ring_attention,
         ring_size,
+        ring_layout,
         beta_fast=beta_fast,
         beta_slow=beta_slow,
     )
@@ -59,6 +68,7 @@ def longrope(
     rope_factor: Factor | None,
     use_ring_attention: bool,
     ring_size: Ring,
+    ring_layout: Layout,
     short_factor: Factors | None,
     long_factor: Factors | None,
 ) -> LongctxSpec:
@@ -68,6 +78,7 @@ def longrope(
         rope_factor,
         use_ring_attention,
         ring_size,
+        ring_layout,
         short_factor=short_factor,
         long_factor=long_factor,
     )
@@ -79,6 +90,7 @@ def llama3(
     rope_factor: Factor | None,
     use_ring_attention: bool,
     ring_size: Ring,
+    ring_layout: Layout,
     low_freq_factor: Positive,
     high_freq_factor: Positive,
 ) -> LongctxSpec:
@@ -89,17 +101,21 @@ def llama3(
         rope_factor,
         use_ring_attention,
         ring_size,
+        ring_layout,
         low_freq_factor=low_freq_factor,
         high_freq_factor=high_freq_factor,
     )
 
 
-def _spec(kind: str, factor: float | None, ring: bool, size: int, **parameters: Any) -> LongctxSpec:
+def _spec(
+    kind: str, factor: float | None, ring: bool, size: int, layout: str, **parameters: Any
+) -> LongctxSpec:
     return LongctxSpec(
         rope_scaling_type=kind,
         rope_factor=factor,
         use_ring_attention=ring,
         ring_size=size,
+        ring_layout=layout,
         parameters=parameters,
-        effects=("rope:rope",),
+        effects=("rope:rope", "ring:ring"),
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from soup.effects import Effect, same
-from soup.effects.sources import epoch, held, is_stream, streamed_rows
+from soup.effects.sources import brief, epoch, held, is_stream, streamed_rows
 
 PROMPTS = 1000  # that are tokenised to see how long they are
 READ_BYTES = 2**25  # of data files, up to which their rows are counted once more
@@ -219,7 +219,7 @@ def packing(built: Any) -> Iterator[Effect]:
     if max(counts) == 1:
         yield Effect(key, asked, True, asked and tight, f"{told}, each filled by one document")
         return
-    example = rows[counts.index(max(counts))]
+    example = brief(built, rows[counts.index(max(counts))])
     first = example["seq_lengths"][0]
     changed = {**example, "input_ids": [*example["input_ids"]]}
     changed["input_ids"][0] = example["input_ids"][0] ^ 1  # another token of the vocabulary

@@ -73,6 +73,8 @@ def _attention_calls(built: Any, model: Any) -> Counter[str]:
                 calls["flash_attention_3"] += 1
             elif name in FLASH_CALLS and module.startswith("flash_attn."):
                 calls["flash_attention_2"] += 1
+            elif name == "ring_attention_forward":  # of a whole row, as here, it is torch's
+                calls.update({"ring": 1, "sdpa": -1})
             elif name == "flex_attention_forward":
                 calls["flex_attention"] += 1
 

@@ -24,7 +24,7 @@ def length(built: Any) -> Iterator[Effect]:
             "training.epochs", training.epochs, None, True, "training.max_steps wins; a stream has no length"
         )
         return
-    task, width = built.config.task, training.batch_size * built.config.distributed.world
+    task, width = built.config.task, training.batch_size * built.config.replicas
     sequences = len(trainer.train_dataset) * task.samples
     per_epoch = max(1, math.ceil(math.ceil(sequences / width) / training.gradient_accumulation_steps))
     if task.drop_last:
@@ -327,10 +327,11 @@ def freezing(built: Any) -> Iterator[Effect]:
 
 def _batches(built: Any) -> Iterator[list[int]]:
     """Row numbers of the batches of the first epoch, by all processes together: each batch is the first one's part,
-    then the second's, and so on. From a copy of the sampler: the real one stays unread."""
+    then the second's, and so on; a ring counts once. From a copy of the sampler: the real one stays unread."""
     from soup.train import ranks
 
-    for parts in zip(*ranks.gather(list(_own_batches(built))), strict=True):
+    readers = ranks.gather(list(_own_batches(built)))
+    for parts in zip(*readers[:: len(readers) // built.config.replicas], strict=True):
         yield [row for part in parts for row in part]
 
 

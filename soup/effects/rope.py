@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
-from soup.effects import Effect, same
+from soup.effects import Effect
 from soup.model import source
 from soup.rope import LAYERED, Scaling, current, scaling
 
@@ -68,14 +68,9 @@ FORMULAS = {"linear": linear, "dynamic": dynamic, "yarn": yarn, "longrope": long
 
 
 def rope(built: Any) -> Iterator[Effect]:
-    """The rotary embedding of the model and of a frozen copy beside it; ring attention, by the attention that runs."""
-    tree = built.config.tree["longctx"]
+    """The rotary embedding of the model and of a frozen copy beside it."""
     to = scaling(built.config, source.config(built.model_folder))
     yield from _unscaled(built) if to is None else _scaled(built, to)
-    attention = str(getattr(built.model.config.get_text_config(), "_attn_implementation", None))
-    ring = "ring" in attention
-    yield same("longctx.use_ring_attention", tree["use_ring_attention"], ring, f"attention: {attention}")
-    yield same("longctx.ring_size", tree["ring_size"], 1 if not ring else None, f"attention: {attention}")
 
 
 def _scaled(built: Any, to: Scaling) -> Iterator[Effect]:

@@ -15,6 +15,8 @@ from weakref import WeakKeyDictionary
 from soup.effects import Effect
 
 FIRST = 64  # rows of a stream that probes look at
+BRIEF = 2048  # tokens of a row that is cut for a ring, that one process passes through the model
+DOCUMENTS = 8  # of such a row
 COUNTED = 600  # whose sources are counted, and by which max_samples is looked for
 LABELLED = 8  # rows of each source that are read once more, to see that they are where they are said to be
 DEVIATIONS = 4.5  # of the share of a source among rows that were drawn at random
@@ -36,6 +38,21 @@ def held(built: Any) -> Any:
     if rows not in _held:
         _held[rows] = Dataset.from_list(list(itertools.islice(rows, FIRST)))
     return _held[rows]
+
+
+def brief(built: Any, example: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row as one process can pass it: of one that is cut for a ring, parts of the first documents that are learnt."""
+    if not built.config.longctx.use_ring_attention or len(example["input_ids"]) <= BRIEF:
+        return example
+    lengths = list(example.get("seq_lengths", [len(example["input_ids"])]))[:DOCUMENTS]
+    room, kept = BRIEF // len(lengths), []
+    for end, length in zip(itertools.accumulate(lengths), lengths, strict=True):
+        labels = example["labels"][end - length + 1 : end]
+        learnt = next((place for place, label in enumerate(labels, 1) if label != -100), 0)
+        start = end - length + max(0, min(learnt - room // 2, length - room))
+        kept.append(range(start, min(start + room, end)))
+    cut = {n: [example[n][at] for part in kept for at in part] for n in ("input_ids", "labels")}
+    return cut | ({"seq_lengths": [len(part) for part in kept]} if "seq_lengths" in example else {})
 
 
 def shares(built: Any) -> Iterator[Effect]:

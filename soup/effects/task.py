@@ -21,7 +21,7 @@ from torch import Tensor
 from soup.effects import Effect, losses, same
 from soup.effects.losses import Row
 from soup.effects.moe import every_expert, unbalanced
-from soup.effects.sources import held
+from soup.effects.sources import brief, held
 from soup.effects.undisturbed import tolerance, undisturbed
 from soup.model.load import prompt_ids
 from soup.model.rope import FOLLOW
@@ -59,7 +59,7 @@ def _loss(built: Any) -> Iterator[Effect]:
     trainer, model = built.trainer, built.model
     formula = getattr(losses, built.config.tree["task"]["name"])
     with undisturbed(built), unbalanced(trainer), every_expert(built):
-        examples = _examples(held(built))
+        examples = [brief(built, row) for row in _examples(held(built))]
         if built.config.longctx.rope_scaling_type in FOLLOW and "label" not in examples[0]:
             examples = examples[
                 :1
@@ -94,7 +94,7 @@ def first_batch(built: Any) -> dict[str, Any]:
         prompt, answers = _made_up(built)
         frozen = [torch.zeros(len(answer)) for answer in answers]
         return _group(built, prompt, answers, frozen)
-    return dict(_collated(built.trainer, _examples(held(built))))
+    return dict(_collated(built.trainer, [brief(built, row) for row in _examples(held(built))]))
 
 
 def _collated(trainer: Any, examples: Sequence[Mapping[str, Any]]) -> Any:

@@ -14,8 +14,10 @@ from soup.specs import ModelSpec
 
 if TYPE_CHECKING:
     from soup.model.load import Precision
+    from soup.schema import Config
 
 KEY = "training.use_flash_attn"
+RING_KEY = "longctx.use_ring_attention"
 OLDEST = (2, 4, 1)  # of flash-attn: the first whose backward pass can be repeated to the bit
 
 
@@ -47,6 +49,7 @@ FLASH = {
         needs="an Ampere GPU or a newer one",  # arXiv:2307.08691
     ),
 }
+RING = "ring"  # as transformers knows soup.model.ring
 LARGEST_HEAD = 256  # elements of one head that either has kernels for
 HEADS_OF = 8  # elements: both read heads in pieces of 16 bytes
 
@@ -159,6 +162,11 @@ def refuse_unfit(asked: str, model: Mapping[str, Any], device: str, dtype: str |
         choose(asked, Situation(device=device, dtype=dtype, **described(model)))
 
 
+def asked(config: Config) -> str:
+    """`training.use_flash_attn`, or that rows are cut for a ring."""
+    return RING if config.longctx.use_ring_attention else config.training.use_flash_attn
+
+
 def attend(
     asked: str, folder: Path, spec: ModelSpec, precise: Precision, device: Device, head: str = "causal"
 ) -> Choice:
@@ -172,6 +180,8 @@ def attend(
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
     kind = _class(config, folder, spec, head)
+    if asked == RING:
+        return _ring(config, kind)
     on_gpu = device.kind == "cuda"
     products = precise.autocast or precise.weights
     situation = Situation(
@@ -185,6 +195,18 @@ def attend(
         **described(config.to_dict()),
     )
     return choose(asked, situation)
+
+
+def _ring(config: Any, kind: Any) -> Choice:
+    """Ring attention, which transformers has by then, where the class asks transformers for its attention."""
+    import soup.model.ring  # noqa: F401, registers it
+    from soup.model.ring_fit import refuse_unfit
+
+    refuse_unfit(config.to_dict())
+    if kind is not None and not getattr(kind, "_supports_attention_backend", False):
+        why = f"{kind.__name__} does not take its attention from transformers' interface"
+        raise Refused(Problem(key=RING_KEY, value="true", why=why, fix=f"{RING_KEY}=false, or another model"))
+    return Choice(RING, f"{RING_KEY}=true")
 
 
 def _class(config: Any, folder: Path, spec: ModelSpec, head: str) -> Any:

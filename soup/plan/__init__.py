@@ -101,9 +101,7 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
     )
 
     dtype, notes["dtype"] = dtype_of(config, device)
-    replicas = max(
-        1, config.distributed.world // (config.longctx.ring_size if config.longctx.use_ring_attention else 1)
-    )
+    replicas = config.replicas
     rows_per_step = training.batch_size * training.gradient_accumulation_steps * replicas
     notes["rows_per_step"] = (
         f"{training.batch_size} per device x {training.gradient_accumulation_steps} accumulation"

@@ -7,7 +7,7 @@ from typing import Any
 
 from soup.device import Device
 from soup.errors import Problem, Refused
-from soup.model import attention, liger
+from soup.model import attention, liger, ring_fit
 from soup.model.groups import whole_groups
 from soup.plan.decoder import Shape
 from soup.rope import context as reach
@@ -29,7 +29,7 @@ def refuse_unfit(
     _within_context(config, model, longest)
     _projects(config, decoder)
     _quantizes(config, decoder, device, str(model.get("model_type")))
-    _runs(config, model, device)
+    _runs(config, model, device, longest)
 
 
 def _within_context(config: Config, model: Mapping[str, Any], longest: int) -> None:
@@ -84,10 +84,12 @@ def _quantizes(config: Config, decoder: Shape, device: Device, kind: str) -> Non
         raise Refused(Problem(key="model.quantization", value="4bit", why=why, fix=fix))
 
 
-def _runs(config: Config, model: Mapping[str, Any], device: Device) -> None:
+def _runs(config: Config, model: Mapping[str, Any], device: Device, longest: int) -> None:
     """Refuses kernels that were asked for and have nothing for this model, whatever the machine has."""
     training = config.training
     dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
+    if config.longctx.use_ring_attention:
+        ring_fit.refuse_unfit(model, longest)
     attention.refuse_unfit(training.use_flash_attn, model, device.kind, dtype)
     liger.refuse_unfit(training.use_liger, model, config.tree["lora"].get("target_modules", ()))
 

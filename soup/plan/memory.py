@@ -74,6 +74,9 @@ def peak(
         how = "what backward needs of every layer" + (
             " above the frozen ones" if kept < decoder.layers else ""
         )
+    if ring > 1:
+        activations += ring_bytes(decoder, batch_tokens, products) / ALLOCATOR
+        how += "; what goes round the ring of one layer"
     if config.model.quantization_aware:
         activations += _simulated_weights(config, decoder, products)
         how += "; each layer's rounded weight"
@@ -157,6 +160,14 @@ def _of_spreading(
         layer = (decoder.total - decoder.outside) / decoder.layers
         return {"gathered": weights * min(1.0, (decoder.outside + 2 * layer) / decoder.total)}
     return {}
+
+
+def ring_bytes(decoder: Shape, tokens: float, products: int) -> float:
+    """What a process of a ring holds of one layer in its backward pass, beside what autograd keeps (soup.model.ring).
+
+    Keys and values that are there and that come, their gradients likewise and those of its queries in float32.
+    """
+    return tokens * (2 * 2 * decoder.kv * (products + 4) + 4 * decoder.heads)
 
 
 def _simulated_weights(config: Config, decoder: Shape, products: int) -> float:

@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from soup.device import Device
+from soup.model import ring_fit
 from soup.plan.decoder import Shape
-from soup.plan.memory import SHARDED, peak
+from soup.plan.memory import SHARDED, peak, ring_bytes
 from soup.rules import broken, facts
 from soup.schema import Config
 
 RINGED = ("activations", "logits")
+ROUND = "ring"  # bytes that only a ring needs, over its processes
 MOST = 2**20  # devices; beyond, nobody is helped
 
 
@@ -43,7 +45,9 @@ def spread(whole: Mapping[str, float], capacity: float, *, shards: bool, rings: 
             held = sum(
                 size / (devices if name in SHARDED and shards else ring if name in RINGED else 1)
                 for name, size in whole.items()
+                if name != ROUND
             )
+            held += whole.get(ROUND, 0.0) / ring if ring > 1 else 0.0
             if held <= capacity:
                 sharded = shards and devices > 1
                 return Spread(devices=devices, ring=ring, sharded=sharded, bytes=round(held))
@@ -74,6 +78,8 @@ def devices(
     def needed(checkpointing: bool, **allowed: bool) -> Spread:
         training = replace(config.training, gradient_checkpointing=checkpointing)
         whole, _ = peak(replace(alone, training=training), decoder, device, row, dtype, *sizes)
+        tokens = training.batch_size * (row + config.task.generates)
+        whole[ROUND] = ring_bytes(decoder, tokens, 2 if device.bf16 and dtype != "float32" else 4)
         return spread(whole, capacity, **allowed)
 
     allowed = {"shards": False, "rings": False}
@@ -82,14 +88,15 @@ def devices(
         here = facts(config, device=device.kind, model_config=model)
         many = {"distributed": "zero3", "distributed.processes": 2, "distributed.world": 2}
         ring = {"longctx.use_ring_attention": True, "longctx.ring_size": 2}
-        allowed = {"shards": not broken(here | many), "rings": not broken(here | many | ring)}
+        cuts = not broken(here | many | ring) and ring_fit.obstacle(model, row) is None
+        allowed = {"shards": not broken(here | many), "rings": cuts}
         found = needed(config.training.gradient_checkpointing, **allowed)
     each = f"{capacity / 1e9:.0f} GB each ({device.memory_reason})"
     tokens = f"a batch of {config.training.batch_size} x {row + config.task.generates} tokens"
     if found.devices == 0:
         note = f"no number of devices of {each} holds {tokens}"
         if not allowed["rings"]:
-            note += ": this task's rows are not spread over devices"
+            note += ": rows of this task, or of this model, are not spread over devices"
     elif found.devices == 1:
         note = f"one of {each} holds {tokens}"
     else:

@@ -3,8 +3,8 @@
 A rule holds when every condition of its `when` does. Three kinds of facts are looked at: every leaf of the
 configuration by its full key, each group's chosen function by the group's name, and `device` (cpu or cuda: what
 the run will train on), `model.moe` and `model.balanced` (from the model's config.json), and those that no key holds:
-`task.whole_groups`, `task.weighed`, `data.weighed`, `lora.names_experts`, `distributed.world` (processes in all) and
-`launch.gpus_fit`. A fact that is not known matches nothing.
+`task.whole_groups`, `task.weighed`, `data.weighed`, `longctx.whole_rings`, `lora.names_experts`, `distributed.world`
+(processes in all) and `launch.gpus_fit`. A fact that is not known matches nothing.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def facts(config: Config, *, device: str, model_config: Mapping[str, Any] | None
     if config.launch.slurm is not None and device == "cuda":
         found["launch.gpus_fit"] = config.launch.slurm["gpus"] in ("auto", 0, config.distributed.processes)
     found["task.whole_groups"] = rows % config.task.samples == 0
+    found["longctx.whole_rings"] = config.distributed.world % config.longctx.ring_size == 0
     weights = config.task.args.get("reward_weights")
     found["task.weighed"] = weights is None or len(weights) == len(config.tree["task"]["rewards"])
     given = config.data.weights
@@ -87,6 +88,7 @@ def markdown() -> str:
         if not rule.pending:
             cells = (f"`{rule.condition()}`", rule.why, rule.fix, rule.source or "")
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    lines += ["", "## Composes and plans, does not train yet", ""]
-    lines += [f"- `{rule.condition()}`" for rule in RULES if rule.pending]
+    if any(rule.pending for rule in RULES):
+        lines += ["", "## Composes and plans, does not train yet", ""]
+        lines += [f"- `{rule.condition()}`" for rule in RULES if rule.pending]
     return "\n".join(lines) + "\n"

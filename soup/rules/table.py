@@ -12,6 +12,7 @@ ZERO = OneOf("zero2", "zero3", "zero2_offload")
 SHARDED = OneOf("zero2", "zero3", "zero2_offload", "fsdp_full_shard", "fsdp_shard_grad", "fsdp_full_offload")
 GALORE = "arXiv:2403.03507"
 MUON = "arXiv:2502.16982"
+RING = "longctx.use_ring_attention"
 UNSLOTH_CPU = "unsloth_zoo.cpu"
 
 
@@ -431,6 +432,64 @@ RULES: tuple[Rule, ...] = (
         source="arXiv:2310.01889",
     ),
     Rule(
+        key="longctx.ring_size",
+        when={RING: True, "longctx.ring_size": Above(1), "longctx.whole_rings": False},
+        why="the processes do not make up whole rings of this size",
+        fix="distributed.processes that are a multiple of longctx.ring_size",
+    ),
+    Rule(
+        key=RING,
+        when={RING: True, "backend": "unsloth"},
+        why="Unsloth brings attention of its own, which takes whole rows",
+        fix="backend=transformers, or longctx.use_ring_attention=false",
+    ),
+    Rule(
+        key="longctx.rope_scaling_type",
+        when={RING: True, "longctx.rope_scaling_type": OneOf("dynamic", "longrope")},
+        why="its frequencies follow the length of a row, of which each process of a ring sees a part",
+        fix="longctx=yarn",
+        source="arXiv:2309.00071",
+    ),
+    Rule(
+        key="training.use_flash_attn",
+        when={RING: True, "training.use_flash_attn": OneOf("v2", "v3")},
+        why="a ring merges parts by their log-sum-exp, which soup takes from the flash kernels in torch itself",
+        fix="training.use_flash_attn=auto",
+        source="arXiv:2310.01889",
+    ),
+    Rule(
+        key="training.use_flash_attn",
+        when={RING: True, "training.use_flash_attn": "off", "device": "cuda"},
+        why="on a GPU a ring computes by the flash kernels in torch itself",
+        fix="training.use_flash_attn=auto",
+    ),
+    Rule(
+        key="training.use_liger",
+        when={RING: True, "training.use_liger": True},
+        why="soup has not proved Liger's fused loss on parts of rows",
+        fix="training.use_liger=false",
+    ),
+    Rule(
+        key="training.neftune_alpha",
+        when={RING: True, "training.neftune_alpha": Above(0)},
+        why="the noise is scaled by the length of a row, of which each process of a ring sees a part",
+        fix="training.neftune_alpha=0.0",
+        source="arXiv:2310.05914",
+    ),
+    Rule(
+        key="training.curriculum_metric",
+        when={RING: True, "training.curriculum": True, "training.curriculum_metric": "loss"},
+        why="the base model's loss is measured on whole rows in one process, which a ring is there to spare",
+        fix="training.curriculum_metric=length",
+    ),
+    Rule(
+        key="training.moe_aux_loss_coeff",
+        when={RING: True, "model.balanced": True, "training.moe_aux_loss_coeff": Not(0.0)},
+        why="the balancing loss is no sum over tokens, and each process of a ring would balance its part of a row",
+        fix="training.moe_aux_loss_coeff=0.0",
+        source="arXiv:2101.03961",
+    ),
+    Rule(
         key="longctx.rope_scaling_type",
         when={"longctx.rope_scaling_type": OneOf("dynamic", "longrope"), "task": OneOf("grpo", "ppo")},
         why="its frequencies follow the length, so what is generated stands on keys of other frequencies than the"
@@ -444,7 +503,8 @@ RULES: tuple[Rule, ...] = (
         why="Unsloth loads the model itself, and soup has not proved yet which scaling is in force then",
         fix="backend=transformers, or longctx=none",
     ),
-    _idle("longctx.use_ring_attention", False, "longctx.ring_size", 1),
+    _idle(RING, False, "longctx.ring_size", 1),
+    _idle(RING, False, "longctx.ring_layout", "zigzag"),
     Rule(
         key="longctx.ring_size",
         when={"longctx.use_ring_attention": True, "longctx.ring_size": 1},
@@ -707,6 +767,5 @@ RULES: tuple[Rule, ...] = (
         fix="task.reward_model=FOLDER, as `python -m soup task=reward` trains one from preference pairs",
     ),
     # Composes and plans; the training part is not built yet
-    _pending("longctx.use_ring_attention", True),
     _pending("distributed.nodes", Above(1)),
 )

@@ -18,7 +18,7 @@ from soup.errors import Problem, Refused
 from soup.inputs import data_arguments
 from soup.kernels import fast
 from soup.model import experts, liger, source, unsloth
-from soup.model.attention import Choice, attend
+from soup.model.attention import Choice, asked, attend
 from soup.model.freeze import freeze
 from soup.model.load import Precision, adapter, load_model, load_tokenizer, precision
 from soup.model.qat import fake_quantize, fold_adapters
@@ -93,7 +93,12 @@ def build(
         settings = {"loraplus_lr_ratio": config.lora.loraplus_lr_ratio}
         settings |= {"galore": config.optim.galore, "muon": config.optim.muon}
         settings |= {"sharding": config.distributed}
-        trainer = type(trainer_class.__name__, (*_cut(config), Resumable, trainer_class), settings)(
+        ring: tuple[Any, ...] = ()
+        if config.longctx.use_ring_attention:
+            ring = (_load("soup.train.ring:Ringed"),)
+            settings |= {"ring_size": config.longctx.ring_size, "ring_layout": config.longctx.ring_layout}
+        mixed = (*_cut(config), Resumable, *ring, trainer_class)
+        trainer = type(trainer_class.__name__, mixed, settings)(
             model=model,
             args=args_class(
                 **_router_loss(model, args_class, config)
@@ -155,7 +160,7 @@ def _simulate(built: Built) -> None:
 def _attention(config: Config, folder: Path, precise: Precision, device: Device) -> Choice | None:
     if config.backend.unsloth:
         return None
-    choice = attend(config.training.use_flash_attn, folder, config.model, precise, device, config.task.head)
+    choice = attend(asked(config), folder, config.model, precise, device, config.task.head)
     if "flash" in choice.implementation:
         os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # read at each call: a resumed run is the same run
     return choice
@@ -186,7 +191,7 @@ def _model(
         head=head,
         router=training.moe_aux_loss_coeff,
         scaling=stretched,
-        attention=training.use_flash_attn,
+        attention=asked(config),
     )
     adapters = adapter(config.lora, head, frozen=freeze(model, training))
     return model, experts.place(adapters, model, training)

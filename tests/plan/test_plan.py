@@ -219,7 +219,8 @@ def test_a_million_tokens_plan(compose):
     one = planned(compose, *words, "backend.kernels=stock", device=cuda, lengths=lengths)
     ring = ["longctx.use_ring_attention=true", "longctx.ring_size=8", "distributed=zero3"]
     eight = planned(compose, *words, *ring, "distributed.processes=8", device=cuda, lengths=lengths)
-    assert eight.memory["activations"] * 8 == pytest.approx(one.memory["activations"], rel=1e-6)
+    assert eight.memory["activations"] * 8 == pytest.approx(one.memory["activations"], rel=0.05)
+    assert eight.memory["activations"] * 8 > one.memory["activations"], "keys and values come round"
     assert "2048" in one.notes["context"] and "512 = 1048576" in one.notes["context"]
     assert one.devices == eight.devices == 1, "what it takes, whatever is asked for"
     assert "80 GB each (assumed)" in one.notes["devices"]
@@ -235,7 +236,7 @@ MILLION = ("longctx=yarn", "data.max_length=1048576", "training.batch_size=1")
         ((*MILLION, "training.gradient_checkpointing=true"), 8, 8, "longctx.ring_size=8"),
         (MILLION, 128, 128, "; 8 with training.gradient_checkpointing=true"),
         (("lora=none", "training.batch_size=1"), 2, 1, "distributed=zero3 distributed.processes=2"),
-        ((*MILLION, "task=dpo"), 0, 1, "this task's rows are not spread"),
+        ((*MILLION, "task=dpo"), 0, 1, "rows of this task, or of this model, are not spread"),
         (("training.batch_size=1",), 1, 1, "one of 80 GB"),
     ],
 )

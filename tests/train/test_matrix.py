@@ -47,6 +47,7 @@ SPACE = (
     ["distributed=none", "distributed=ddp", "distributed=zero3", "distributed=fsdp_full_shard"],
     ["longctx=none"]
     + [f"longctx={kind} longctx.rope_factor=4.0" for kind in ("linear", "dynamic", "yarn", "llama3")],
+    ["longctx.use_ring_attention=false", "longctx.use_ring_attention=true longctx.ring_size=2"],
 )
 
 
@@ -81,6 +82,8 @@ def facts(words):
     for word in " ".join(words).split():
         found |= read(word)
     world = found["distributed.processes"] * found["distributed.nodes"]
+    if "distributed" in found:  # else there is no world yet
+        found["longctx.whole_rings"] = world % found.get("longctx.ring_size", 1) == 0
     return found | {"task.reward_model": "a folder", "distributed.world": world}
 
 
