@@ -103,9 +103,7 @@ def test_a_sweep_at_80_columns_until_it_ends(running, environment):
     assert max(map(len, lines)) <= 80 and len(lines) <= 24, lines
     text = "\n".join(lines)
     assert "1 finished  1 failed  1 running" in text and "1 of 3 points done" in text
-    assert re.search(r"2 lora\.r=2.*running +10/40 ━*", text) or re.search(
-        r"3 +lora\.r=2.*running +10/40", text
-    )
+    assert re.search(r"3 +r=2 lr=1e-4 .*running +10/40", text)
     assert "ValueError: the rows of this file" in text and "…" in text
     colours = {code for code in COLOUR.findall(said) if re.search(r"[\[;](3|4|9)\d", code)}
     assert bool(colours) == (not environment), colours
