@@ -438,6 +438,12 @@ RULES: tuple[Rule, ...] = (
         fix="distributed.processes that are a multiple of longctx.ring_size",
     ),
     Rule(
+        key="data.streaming",
+        when={RING: True, "data.streaming": True},
+        why="a ring is several processes, each of which would read and tokenise the whole stream",
+        fix="data.streaming=false, or longctx.use_ring_attention=false",
+    ),
+    Rule(
         key=RING,
         when={RING: True, "backend": "unsloth"},
         why="Unsloth brings attention of its own, which takes whole rows",

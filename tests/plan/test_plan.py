@@ -219,7 +219,7 @@ def test_a_million_tokens_plan(compose):
     one = planned(compose, *words, "backend.kernels=stock", device=cuda, lengths=lengths)
     ring = ["longctx.use_ring_attention=true", "longctx.ring_size=8", "distributed=zero3"]
     eight = planned(compose, *words, *ring, "distributed.processes=8", device=cuda, lengths=lengths)
-    assert eight.memory["activations"] * 8 == pytest.approx(one.memory["activations"], rel=0.05)
+    assert eight.memory["activations"] * 8 == pytest.approx(one.memory["activations"], rel=0.15)
     assert eight.memory["activations"] * 8 > one.memory["activations"], "keys and values come round"
     assert "2048" in one.notes["context"] and "512 = 1048576" in one.notes["context"]
     assert one.devices == eight.devices == 1, "what it takes, whatever is asked for"
