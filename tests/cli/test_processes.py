@@ -7,31 +7,15 @@ import pytest
 from soup.errors import Refused
 
 
-def test_another_number_of_processes_is_refused(tree, tmp_path, tiny_model):
-    from soup import schema
-    from soup.cli.check import Checked
+def test_another_number_of_processes_is_refused(tree, tmp_path):
+    from soup.cli.check import checked
     from soup.cli.compose import Point
     from soup.cli.run import settle
-    from soup.device import resolve
 
     def settled(*words):
         words = ("distributed=ddp", f"run.root={tmp_path}", *words)
-        config = schema.check(tree(*words))
-        point = Point(tree=config.tree, choices={}, overrides=words)
-
-        class plan:
-            to_dict = staticmethod(dict)
-
-        return settle(
-            Checked(
-                point=point,
-                config=config,
-                device=resolve("cpu"),
-                model_folder=tiny_model,
-                reports={},
-                plan=plan,
-            )
-        )
+        (found,) = checked([Point(tree=tree(*words), choices={}, overrides=words)], train=True)
+        return settle(found)
 
     two = settled("distributed.processes=2")
     assert settled("distributed.processes=2") == two
