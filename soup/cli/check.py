@@ -26,7 +26,7 @@ from soup.schema import Config, check, merge_arguments
 class Checked:
     """A point that can work. `model_folder`: the model's, or for a plan that of what stands in for its tokenizer.
 
-    `content`: hashes of what it reads, which are part of its run's id; none where something stands in.
+    `content`: hashes of what it reads, which are part of its run's id; none where a plan goes without some of it.
     """
 
     point: Point
@@ -119,11 +119,8 @@ def _checked(point: Point, shared: Shared, *, train: bool) -> Checked:
         "reports", (data, config.task.rewards), lambda: _reports(config, model.folder, train)
     )
     names = (data, config.model, config.task.files)
-    content = (
-        {}
-        if "model" in model.notes
-        else shared.once("content", names, lambda: inputs.content(config, model.folder))
-    )
+    elsewhere = "model" in model.notes or not train and not all(map(_is_here, config.task.files))
+    content = {} if elsewhere else shared.once("content", names, lambda: inputs.content(config, model.folder))
     if config.longctx.rope_scaling_type != "none":
         scorers_fit(config)
     planned = plan(config, model=model.config, device=device, lengths=_lengths(reports))
@@ -136,6 +133,10 @@ def _checked(point: Point, shared: Shared, *, train: bool) -> Checked:
         plan=replace(planned, notes=planned.notes | model.notes),
         content=content,
     )
+
+
+def _is_here(file: str) -> bool:
+    return Path(file).expanduser().exists()
 
 
 def _here(config: Config, device: Device) -> list[Problem]:

@@ -66,7 +66,7 @@ def table(
 
 def whereabouts(one: Checked | Refused) -> Run | None:
     """The run of a point where it has been placed or would be; `None` where that cannot be known here."""
-    if isinstance(one, Refused) or "model" in one.plan.notes:  # another model stands in for its tokenizer
+    if isinstance(one, Refused) or not one.content:
         return None
     run = Run(Path(one.config.run.root) / run_id(one.config.tree, one.content))
     if one.config.run.resume == "never" and run.exists():

@@ -32,6 +32,8 @@ def put_on(trainer: Any) -> int | str:
     for name in ("final_logit_softcapping", "logit_scale", "output_multiplier"):
         if getattr(text, name, None) is not None:
             return f"{text.model_type} changes its logits ({name})"
+    if getattr(text, "output_router_logits", False):
+        return "the model adds its router's balancing loss itself"
     output = model.get_output_embeddings()
     if type(output) is not nn.Linear or output.bias is not None:
         return f"the head is {type(output).__name__}" + (" with a bias" if type(output) is nn.Linear else "")

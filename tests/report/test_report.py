@@ -89,7 +89,7 @@ def test_what_cannot_be_reported_is_refused(grid, capsys, words, said):
 
 def test_out_is_the_reports(capsys):
     assert main(["status", "--out", "a.html"]) == 2
-    assert "--out: is for `import` and `report` only" in capsys.readouterr().err
+    assert "--out: is for `import` and `report` and `generate` only" in capsys.readouterr().err
 
 
 def test_a_missing_package_names_its_extra(grid, capsys, monkeypatch):

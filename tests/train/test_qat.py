@@ -183,8 +183,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(server, place, tree, unequal, choice)
 
 
 GROUP = 64
-LEARN = {  # 24 documents, each seen 100 times
-    "lora=none": ("optim.lr=5e-3", "training.max_steps=300"),
+LEARN = {  # 24 documents, each seen 200 or 100 times
+    "lora=none": ("optim.lr=5e-3", "training.max_steps=600"),
     "lora=lora": ("optim.lr=5e-3", "training.max_steps=300", "lora.r=32"),
 }
 
@@ -225,7 +225,8 @@ def documents(run):
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", LEARN)
 def test_trained_for_integers_it_loses_less_by_them(server, place, tree, choice):
-    """Than the same training without. Rounding to 4 bits costs that 0.16 nats and this -0.09 where all weights train.
+    """Than the same training without. Where all weights train until they know the documents, rounding them to 4 bits
+    takes that from 0.015 nats to 0.073, and this from 0.024 to 0.015.
 
     Adapters on a random base learn little: 0.05 against -0.01, and the loss itself stays the higher one with QAT.
     """
@@ -246,7 +247,7 @@ def test_trained_for_integers_it_loses_less_by_them(server, place, tree, choice)
     (plain, plain_rounded), (aware, aware_rounded) = found[False], found[True]
     assert aware_rounded - aware < plain_rounded - plain - 0.03
     if choice == "lora=none":
-        assert aware_rounded < plain_rounded - 0.1
+        assert aware_rounded < plain_rounded / 2
 
 
 def test_a_run_that_was_not_trained_for_it_is_not_quantized(place, tree, capsys):
