@@ -15,6 +15,7 @@ from soup.schema import Config
 
 # Weights that share a scale. bitsandbytes 0.50's AVX512 kernel mistakes a block that goes on in the next row.
 NF4_BLOCK = 64
+STEPS_BY_WEIGHT = ("falcon_mamba", "jamba", "mamba")  # their mixers read dt_proj.weight
 WITHOUT_LINEAR = ("gpt2", "openai-gpt")
 
 
@@ -29,6 +30,7 @@ def refuse_unfit(
     _within_context(config, model, longest)
     _projects(config, decoder)
     _quantizes(config, decoder, device, str(model.get("model_type")))
+    _adapts(config, str(model.get("model_type")))
     _runs(config, model, device, longest)
 
 
@@ -82,6 +84,16 @@ def _quantizes(config: Config, decoder: Shape, device: Device, kind: str) -> Non
         why += f"inputs of {name} are"
         fix = "model.quantization=8bit or none"
         raise Refused(Problem(key="model.quantization", value="4bit", why=why, fix=fix))
+
+
+def _adapts(config: Config, kind: str) -> None:
+    """Refuses an adapter on a layer that the model's class passes by: it multiplies by the layer's weight itself."""
+    wanted = config.lora.target_modules
+    asked = wanted == "all-linear" or "dt_proj" in ((wanted,) if isinstance(wanted, str) else wanted or ())
+    if config.lora.r is not None and kind in STEPS_BY_WEIGHT and asked and config.model.stored == "none":
+        why = f"transformers' {kind} multiplies by the weight of dt_proj itself, so an adapter on it would do nothing"
+        fix = "lora.target_modules=[in_proj,x_proj,out_proj], and q_proj,k_proj,v_proj,o_proj where it has attention"
+        raise Refused(Problem(key="lora.target_modules", value=wanted, why=why, fix=fix))
 
 
 def _runs(config: Config, model: Mapping[str, Any], device: Device, longest: int) -> None:

@@ -347,3 +347,10 @@ def test_rows_without_padding_take_less(compose):
         assert "without padding" in fast.notes["memory"] and "without padding" not in padded.notes["memory"]
     stock = planned(compose, "data.max_length=512", "backend.kernels=stock", lengths=lengths)
     assert fast.memory["logits"] < 0.2 * stock.memory["logits"]
+
+
+def test_an_adapter_that_a_mixer_passes_by_is_refused(compose):
+    with pytest.raises(Refused, match="multiplies by the weight of dt_proj itself"):
+        planned(compose, model={"model_type": "jamba"})
+    for words in ("lora.target_modules=[in_proj,q_proj]", "lora=none"):
+        planned(compose, words, model={"model_type": "jamba"})
