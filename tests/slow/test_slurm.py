@@ -329,7 +329,7 @@ def test_preempted_with_grace_then_killed_without_a_signal(submitted, alone, sou
 
     soup.reached(run, last_step(run) + 12)
     soup.until(lambda: last_step(run) % SAVE_STEPS in (4, 5, 6), "a step without a checkpoint")
-    cluster.run("scancel", "--signal=KILL", "--full", job)
+    kill_step(run)
     ended = soup.ended(job)
     assert ended in ("FAILED", "CANCELLED") and (run.state(), run.result()) == ("interrupted", None)
     assert soup.status("grace") == {run.id: ended.lower()}
