@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -66,7 +67,15 @@ class Terminal:
         }
         clean |= {"TERM": "xterm-256color"} | environment
         command = [sys.executable, "-m", "soup", *words]
-        self.process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=clean)
+        self.process = subprocess.Popen(
+            command,
+            stdin=child,
+            stdout=child,
+            stderr=child,
+            env=clean,
+            # as a terminal has it, though these tests run in a background that ignores Ctrl-C
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         os.close(child)
         self.said = ""
 
@@ -132,8 +141,6 @@ def test_what_cannot_be_drawn_over_gets_lines_when_something_changes(running, wa
 
 @pytest.mark.slow
 def test_ctrl_c_stops_watching(running):
-    import signal
-
     root, run = running
     with FileLock(run.lock_file):
         terminal = Terminal("status", "--watch", f"run.root={root}")

@@ -50,7 +50,8 @@ def test_an_adapter_loads_with_peft_and_merges(finished, tiny_model, tmp_path, o
     trained = logits(built.model)
     untrained = logits(AutoModelForCausalLM.from_pretrained(tiny_model))
     assert (trained - untrained).abs().max() > 1e-2
-    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(run.model)), trained)
+    # soup's kernel scales the adapter's product where PEFT scales its result
+    assert torch.allclose(logits(AutoPeftModelForCausalLM.from_pretrained(run.model)), trained, atol=1e-6)
 
     merge(run.model, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
