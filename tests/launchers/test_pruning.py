@@ -64,7 +64,7 @@ def test_what_is_pruned_is_skipped_by_its_sweep_and_goes_on_in_another(shell, lo
 
 @pytest.mark.slow
 def test_successive_halving(shell):
-    words = ("-m", "optim.lr=1e-2,1e-8,1e-7,1e-3", *STEPS)
+    words = ("-m", "optim.lr=1e-2,1e-8,1e-7,1e-4", *STEPS)
     done = shell.run(*words, "sweep.pruner=halving", "sweep.min_resource=2", "sweep.reduction_factor=2")
     assert done.status == 0, done.out
     found = sweep.find(shell.root)
