@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Ge
 
@@ -11,7 +11,8 @@ from soup.specs import DistributedSpec, Package
 Count = Annotated[int, Ge(1)]
 DEEPSPEED = (Package(distribution="deepspeed", extra="deepspeed"),)
 PROBES = ("distributed:patience",)
-ALL = ("weights", "gradients", "optimizer")
+STATE = ("gradients", "optimizer")
+ALL = ("weights", *STATE)
 
 
 def none(*, processes: Annotated[int, Ge(1)], nodes: Count) -> DistributedSpec:
@@ -28,71 +29,47 @@ def ddp(*, processes: Count, nodes: Count, timeout_s: Count) -> DistributedSpec:
 
 def zero2(*, processes: Count, nodes: Count, timeout_s: Count) -> DistributedSpec:
     """DeepSpeed ZeRO stage 2 (arXiv:1910.02054): optimizer state and gradients are partitioned."""
-    return DistributedSpec(
-        processes=processes,
-        nodes=nodes,
-        timeout_s=timeout_s,
-        shards=("gradients", "optimizer"),
-        requires=DEEPSPEED,
-        spread="deepspeed",
-        effects=PROBES,
-    )
+    return _zero(processes, nodes, timeout_s, shards=STATE)
 
 
 def zero3(*, processes: Count, nodes: Count, timeout_s: Count) -> DistributedSpec:
     """DeepSpeed ZeRO stage 3: parameters are partitioned too."""
-    return DistributedSpec(
-        processes=processes,
-        nodes=nodes,
-        timeout_s=timeout_s,
-        shards=ALL,
-        requires=DEEPSPEED,
-        spread="deepspeed",
-        effects=PROBES,
-    )
+    return _zero(processes, nodes, timeout_s, shards=ALL)
 
 
 def zero2_offload(*, processes: Count, nodes: Count, timeout_s: Count) -> DistributedSpec:
     """ZeRO stage 2 with the optimizer and its state in host memory (arXiv:2101.06840)."""
-    return DistributedSpec(
-        processes=processes,
-        nodes=nodes,
-        timeout_s=timeout_s,
-        shards=("gradients", "optimizer"),
-        offloads=("optimizer",),
-        requires=DEEPSPEED,
-        spread="deepspeed",
-        effects=PROBES,
-    )
+    return _zero(processes, nodes, timeout_s, shards=STATE, offloads=("optimizer",))
 
 
 def fsdp_full_shard(*, processes: Count, nodes: Count, timeout_s: Count) -> DistributedSpec:
     """FSDP2 (arXiv:2304.11277): parameters, gradients and optimizer state sharded, resharded after forward."""
-    return DistributedSpec(
-        processes=processes, nodes=nodes, timeout_s=timeout_s, spread="fsdp", effects=PROBES, shards=ALL
-    )
+    return _fsdp(processes, nodes, timeout_s, shards=ALL)
 
 
 def fsdp_shard_grad(*, processes: Count, nodes: Count, timeout_s: Count) -> DistributedSpec:
     """FSDP2 that keeps gathered parameters between forward and backward: faster, more memory."""
-    return DistributedSpec(
-        processes=processes,
-        nodes=nodes,
-        timeout_s=timeout_s,
-        spread="fsdp",
-        effects=PROBES,
-        shards=("gradients", "optimizer"),
-    )
+    return _fsdp(processes, nodes, timeout_s, shards=STATE)
 
 
 def fsdp_full_offload(*, processes: Count, nodes: Count, timeout_s: Count) -> DistributedSpec:
     """FSDP2 full sharding with parameters, gradients and optimizer state in host memory."""
+    return _fsdp(processes, nodes, timeout_s, shards=ALL, offloads=ALL)
+
+
+def _zero(processes: int, nodes: int, timeout_s: int, **shares: Any) -> DistributedSpec:
     return DistributedSpec(
         processes=processes,
         nodes=nodes,
         timeout_s=timeout_s,
-        spread="fsdp",
+        spread="deepspeed",
+        requires=DEEPSPEED,
         effects=PROBES,
-        shards=ALL,
-        offloads=ALL,
+        **shares,
+    )
+
+
+def _fsdp(processes: int, nodes: int, timeout_s: int, **shares: Any) -> DistributedSpec:
+    return DistributedSpec(
+        processes=processes, nodes=nodes, timeout_s=timeout_s, spread="fsdp", effects=PROBES, **shares
     )

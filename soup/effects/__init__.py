@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from soup.errors import Refused
+from soup.errors import Problem, Refused
 from soup.schema import GROUPS
 
 COMMON = ("loop:processes", "loop:device")
@@ -75,6 +75,25 @@ def spoken(built: Any) -> Iterator[tuple[str, Effect]]:
         probe = getattr(importlib.import_module(f"soup.effects.{module}"), function)
         for effect in probe(built):
             yield name, effect
+
+
+def required(proved: Iterable[Effect]) -> None:
+    """Refuses a run in which a setting did not take effect.
+
+    Raises:
+        NotInForce: with all that did not.
+    """
+    wrong = [one for one in proved if not one.ok]
+    if wrong:
+        raise NotInForce(
+            Problem(
+                key=one.key,
+                value=one.requested,
+                why=f"did not take effect: {one.effective} is in force ({one.how})",
+                fix="report this: soup or a library under it dropped the setting",
+            )
+            for one in wrong
+        )
 
 
 def to_json(proved: Iterable[Effect]) -> dict[str, Any]:

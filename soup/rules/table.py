@@ -9,7 +9,7 @@ from soup.rules.rule import Above, Not, OneOf, Rule, word
 
 FSDP = OneOf("fsdp_full_shard", "fsdp_shard_grad", "fsdp_full_offload")
 ZERO = OneOf("zero2", "zero3", "zero2_offload")
-SHARDED = OneOf("zero2", "zero3", "zero2_offload", "fsdp_full_shard", "fsdp_shard_grad", "fsdp_full_offload")
+SHARDED = OneOf(*ZERO.values, *FSDP.values)
 GALORE = "arXiv:2403.03507"
 MUON = "arXiv:2502.16982"
 RING = "longctx.use_ring_attention"

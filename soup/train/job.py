@@ -52,8 +52,7 @@ def train(run: Run, display: Display, stopper: Stopper) -> str:
         if ranks.first():
             run.finish("interrupted", error=f"stopped by {stopper.asked}", step=0, steps=0)
         return "interrupted"
-    proved = recorded(run, effects.prove(built))
-    required(proved)
+    effects.required(recorded(run, effects.prove(built)))
     say(f"precision: {built.precision.reason}")
     if built.attention is not None:
         say(f"attention: {built.attention}")
@@ -68,7 +67,7 @@ def train(run: Run, display: Display, stopper: Stopper) -> str:
     trainer.metrics_file = run.metrics
     trainer.rate_factor = rate(run)
     if config.distributed.world > 1:
-        trainer.add_callback(_Begun(run, built, proved))
+        trainer.add_callback(_Begun(run, built))
     trainer.add_callback(Loop(trainer, stopper, checkpoint))
     if ranks.first():
         trainer.add_callback(Recorder(run, display, trackers))
@@ -151,28 +150,14 @@ def prepare_run(run: Run, config: Config, say: Callable[[str], None] = lambda _:
     )
 
 
-def recorded(run: Run, found: list[effects.Effect]) -> list[effects.Effect]:
-    """Writes effective.json. What one process found wrong stays wrong, whatever the others found."""
+def recorded(run: Run, found: list[effects.Effect], *, more: bool = False) -> list[effects.Effect]:
+    """Writes effective.json, or `more` into it. What one process found wrong stays wrong, whatever the others found."""
     by_rank = ranks.gather(found)
     proved = [next((one for one in same if not one.ok), same[0]) for same in zip(*by_rank, strict=True)]
     if ranks.first():
-        write_json(run.effective, effects.to_json(proved))
+        before = read_json(run.effective) if more else {}
+        write_json(run.effective, before | effects.to_json(proved))
     return proved
-
-
-def required(proved: list[effects.Effect]) -> None:
-    """Refuses a run in which a setting did not take effect."""
-    wrong = [one for one in proved if not one.ok]
-    if wrong:
-        raise effects.NotInForce(
-            Problem(
-                key=one.key,
-                value=one.requested,
-                why=f"did not take effect: {one.effective} is in force ({one.how})",
-                fix="report this: soup or a library under it dropped the setting",
-            )
-            for one in wrong
-        )
 
 
 def _outcome(trainer: Any, stopper: Stopper, run: Run) -> tuple[str, dict[str, Any]]:
@@ -209,9 +194,9 @@ def _saved(run: Run) -> int:
 def prove(run: Run) -> None:
     """Builds the run and proves its settings, without a step."""
     built = prepare_run(run, check(run.tree()))
-    proved = recorded(run, effects.prove(built))
+    recorded(run, effects.prove(built))
     if built.config.distributed.world > 1:
-        built.trainer.add_callback(_Begun(run, built, proved, stop=True))
+        built.trainer.add_callback(_Begun(run, built, stop=True))
         with suppress(_Proved):
             built.trainer.train()
 
@@ -223,11 +208,11 @@ class _Proved(Exception):
 class _Begun(TrainerCallback):
     """Proves how the model is spread over the processes: what does that is made when training begins."""
 
-    def __init__(self, run: Run, built: Built, proved: list[effects.Effect], *, stop: bool = False):
-        self.run, self.built, self.proved, self.stop = run, built, proved, stop
+    def __init__(self, run: Run, built: Built, *, stop: bool = False):
+        self.run, self.built, self.stop = run, built, stop
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        proved = recorded(self.run, [*self.proved, distributed.spread(self.built)])
+        proved = recorded(self.run, [distributed.spread(self.built)], more=True)
         if self.stop:
             raise _Proved
-        required(proved)
+        effects.required(proved)

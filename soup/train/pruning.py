@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import distributed
 from transformers import TrainerCallback
 
 from soup.pruning import Pruner
 from soup.sweep import metric
+from soup.train import ranks
 
 
 class Early(TrainerCallback):
@@ -29,7 +29,4 @@ class Early(TrainerCallback):
 
     def _judged(self, state: Any, value: float) -> str | None:
         """The verdict of the process that writes metrics.jsonl, which all processes of the run follow."""
-        verdict = [self.pruner.judge(state.global_step, value) if state.is_world_process_zero else None]
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.broadcast_object_list(verdict, src=0)
-        return verdict[0]
+        return ranks.of_first(self.pruner.judge(state.global_step, value) if ranks.first() else None)

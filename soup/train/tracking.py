@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from soup.effects import Effect, NotInForce, to_json
-from soup.errors import Problem
+from soup.effects import Effect, required, to_json
 from soup.record import Run, read_json, write_json
 from soup.schema import Config
 from soup.specs import TrackerSpec
@@ -135,16 +134,7 @@ def open_trackers(config: Config, run: Run, say: Any) -> list[Tracker]:
             settled += list(_settled(spec, tracker))
         proved = read_json(run.effective) or {}
         write_json(run.effective, proved | to_json(settled))
-        if wrong := [one for one in settled if not one.ok]:
-            raise NotInForce(
-                Problem(
-                    key=one.key,
-                    value=one.requested,
-                    why=f"did not take effect: {one.effective} is in force ({one.how})",
-                    fix="report this: soup or a library under it dropped the setting",
-                )
-                for one in wrong
-            )
+        required(settled)
     except BaseException:
         for tracker in opened:
             tracker.finish("failed")
