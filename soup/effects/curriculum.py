@@ -41,8 +41,6 @@ def curriculum(built: Any) -> Iterator[Effect]:
     else:
         rank = dict(enumerate(metric(built)))
     drawn = [rank.get(row, -1) for batch in _batches(built) for row in batch]
-    if built.config.distributed.world > 1:
-        drawn = drawn[:rows]  # accelerate fills the last batches up by rows of the beginning
 
     def rises(sizes: Sequence[int]) -> bool:
         edges = list(itertools.accumulate(sizes, initial=0))

@@ -327,12 +327,17 @@ def freezing(built: Any) -> Iterator[Effect]:
 
 def _batches(built: Any) -> Iterator[list[int]]:
     """Row numbers of the batches of the first epoch, by all processes together: each batch is the first one's part,
-    then the second's, and so on; a ring counts once. From a copy of the sampler: the real one stays unread."""
+    then the second's, and so on; a ring counts once. Without the rows of the beginning by which accelerate fills the
+    last batches up, so that all processes have as many. From a copy of the sampler: the real one stays unread."""
     from soup.train import ranks
 
     readers = ranks.gather(list(_own_batches(built)))
+    fills = len(readers) > 1 and built.config.task.samples == 1
+    left = len(built.trainer.train_dataset) if fills else None
     for parts in zip(*readers[:: len(readers) // built.config.replicas], strict=True):
-        yield [row for part in parts for row in part]
+        batch = [row for part in parts for row in part][:left]
+        yield batch
+        left = None if left is None else left - len(batch)
 
 
 def _own_batches(built: Any) -> Iterator[list[int]]:

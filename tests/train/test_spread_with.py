@@ -35,6 +35,7 @@ TOGETHER = {
     "noise": "distributed=zero3 training.neftune_alpha=5.0",
     "frozen layers": "distributed=fsdp_full_shard training.freeze_layers=1 lora=none",
     "frozen layers, ZeRO": "distributed=zero3 training.freeze_layers=1",
+    "rows that fill no batch": "distributed=ddp data.max_samples=5 data.eval_fraction=0.0",
     "rotary scaling": "distributed=ddp longctx=dynamic longctx.rope_factor=4.0",
     "GaLore": "distributed=ddp optim=galore optim.galore_rank=8 optim.galore_update_proj_gap=1 lora=none",
     "Muon": "distributed=ddp optim=muon lora=none",
@@ -60,6 +61,14 @@ def test_it_trains_with_every_effect_proved(tree, place, several, words):
 def test_experts_train_with_every_effect_proved(tree, place, several, expert_model, words):
     model = f"model.base={expert_model('mixtral')}"
     _trains(place(tree("training.batch_size=2", "training.max_steps=2", *words.split(), model)), several)
+
+
+def test_what_the_tracker_said_stays_when_the_shares_are_proved(tree, place, several):
+    run = place(tree("distributed=ddp", "training.max_steps=2", "tracking=tensorboard"))
+    _trains(run, several)
+    said = json.loads(run.effective.read_text())
+    assert said["tracking.tensorboard.folder"]["how"] == "read from the open tensorboard"
+    assert said["distributed.name"]["ok"]
 
 
 def _trains(run, several):
