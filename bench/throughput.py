@@ -267,9 +267,10 @@ def main() -> int:
                 )
     peak_rate = matrix_rate(bf16)
     result = summary(found)
-    learnt = report["learnt"] / report["tokens"]
+    lengths = report["lengths"]
+    learnt = lengths["sum_labels"] / lengths["sum"]
     described = json.loads((model / "config.json").read_text())
-    needed = flops(described, args.all_weights, args.r, learnt, report["tokens"] / report["rows"])
+    needed = flops(described, args.all_weights, args.r, learnt, lengths["mean"])
     result["matrix_flops_per_s"], result["flops_per_token"] = peak_rate, needed
     for side in sides:
         result["mfu_of"] = result.get("mfu_of", {}) | {

@@ -12,6 +12,8 @@ from soup.effects.moe import fused_name, stored_expert
 from soup.effects.quantization import QUANTIZED, plain, relative_error, tensors
 
 FORWARDS = {  # of soup's kernels: where their forward passes are
+    "norms": ("soup.kernels.norm", "_RMSNorm.forward"),
+    "gates": ("soup.kernels.gate", "_GatedLinear.forward"),
     "documents": ("soup.kernels.attention", "lengths"),
     "loss": ("soup.kernels.loss", "_LinearCrossEntropy.forward"),
     "adapters": ("soup.kernels.lora", "_LoraLinear.forward"),

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from soup.kernels import attention, head, lora
+from soup.kernels import attention, gate, head, lora, norm
 from soup.schema import Config
 
 LAYERS = {
     "full_attention",
     "sliding_attention",
 }  # kinds of attention layers that see a document as `attention` does
+
+
+PARTS = ("norms", "gates", "adapters", "loss", "documents")
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,17 @@ def told(parts: Iterable[Part]) -> str:
     return f"stock, because {' and '.join(dict.fromkeys(part.why for part in parts))}"
 
 
-def put_on(trainer: Any, config: Config, implementation: str | None) -> tuple[Part, ...]:
-    """Changes trainer and model in place; `implementation` is the attention that was chosen for the model."""
+def put_on(trainer: Any, model: nn.Module, config: Config, implementation: str | None) -> tuple[Part, ...]:
+    """Changes trainer and model in place; `implementation` is the attention that was chosen for the model.
+
+    Models that a task trains beside it (PPO's value model) stay as they are.
+    """
     if (why := _stock(config)) is not None:
-        return tuple(Part(name, 0, why) for name in ("documents", "loss", "adapters"))
-    model = trainer.model
+        return tuple(Part(name, 0, why) for name in PARTS)
     return (
-        _try("adapters", lora.put_on, model),
+        _try("norms", norm.put_on, model),
+        _try("gates", gate.put_on, model),
+        _try("adapters", lambda: lora.put_on(model, gate.adapters(model))),
         _try("loss", head.put_on, trainer),
         _try("documents", lambda: _documents(trainer, config, implementation)),
     )

@@ -7,6 +7,7 @@ numbers a token. PEFT's forward turns x into A's type and back, and adds in a te
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from types import MethodType
 from typing import Any
 
@@ -54,18 +55,18 @@ def linear(
     return y_NO.view(*x.shape[:-1], -1)
 
 
-def put_on(model: torch.nn.Module) -> int | str:
-    """Number of adapted layers that compute so from now on, or why there is none."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    fit = [layer for layer in layers if _obstacle(layer) is None]
+def put_on(model: torch.nn.Module, beside: Collection[torch.nn.Module]) -> int | str:
+    """Number of adapted layers that compute so from now on, or why there is none; `beside` are another kernel's."""
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and m not in beside]
+    fit = [layer for layer in layers if obstacle(layer) is None]
     for layer in fit:
         layer.forward = MethodType(_forward, layer)
     if not layers:
-        return "lora=none"
-    return len(fit) or str(_obstacle(layers[0]))
+        return "the gates have them all" if beside else "lora=none"
+    return len(fit) or str(obstacle(layers[0]))
 
 
-def _obstacle(layer: LoraLayer) -> str | None:
+def obstacle(layer: LoraLayer) -> str | None:
     """Why an adapter is not A and B beside a plain matrix."""
     base = layer.get_base_layer()
     if type(layer) is not Linear or type(base) is not torch.nn.Linear:
@@ -79,9 +80,14 @@ def _obstacle(layer: LoraLayer) -> str | None:
     return None
 
 
+def as_stock(layer: LoraLayer) -> bool:
+    """Whether the adapter is off, merged, or not the only one."""
+    return layer.disable_adapters or layer.merged or layer.active_adapters != ["default"]
+
+
 def _forward(self: Linear, x: Tensor, *given: Any, **named: Any) -> Tensor:
     """In the place of PEFT's `Linear.forward`, which takes whatever is not one active adapter."""
-    if given or named or self.disable_adapters or self.merged or self.active_adapters != ["default"]:
+    if given or named or as_stock(self):
         return type(self).forward(self, x, *given, **named)
     base = self.base_layer
     a, b = self.lora_A["default"].weight, self.lora_B["default"].weight

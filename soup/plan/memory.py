@@ -58,7 +58,7 @@ def peak(
     ring = config.longctx.ring_size if config.longctx.use_ring_attention else 1
     length = longest + task.generates
     batch_tokens = training.batch_size * task.forwards * length / ring
-    one_layer = _layer_floats(decoder, repeats=not without_padding(config)) * products
+    one_layer = _layer_floats(config, decoder) * products
     if config.lora.use_dora:  # the frozen layer's output and the adapter's, each scaled by a magnitude
         one_layer += (
             2 * sum(outputs for name, _, outputs, _ in decoder.linears if adapted(config, name)) * products
@@ -180,17 +180,20 @@ def _simulated_weights(config: Config, decoder: Shape, products: int) -> float:
     return kept * (products + (config.lora.r is None)) + SIMULATED_COPIES * 4 * largest
 
 
-def _layer_floats(decoder: Shape, repeats: bool) -> float:
-    """Numbers that backward needs of one layer, for one token. `repeats`: keys and values, for the heads that share
-    them.
+def _layer_floats(config: Config, decoder: Shape) -> float:
+    """Numbers that backward needs of one layer, for one token.
 
     Two norms keep input, normalised and scaled values (6 d); q and k before and after the rotation, v, and k and v
     repeated for grouped queries; the attention's output; gate, up, their activation and product (4 ff), of the few
-    experts that a token passes in an MoE model.
+    experts that a token passes in an MoE model. soup's own kernels repeat nothing (rows without padding), keep a norm's
+    input and output (4 d), and of a gated MLP on plain layers gate and up (2 ff).
     """
+    own, model, lora = own_kernels(config), config.model, config.lora
     attention = 2 * (decoder.heads + decoder.kv) + decoder.kv + decoder.heads
-    repeated = 2 * decoder.heads if repeats and decoder.kv < decoder.heads else 0
-    return 6 * decoder.hidden + attention + repeated + 4 * decoder.ff
+    repeats = not without_padding(config) and decoder.kv < decoder.heads
+    plain = model.stored == "none" and not model.quantization_aware and not lora.use_dora and not lora.dropout
+    norms, gates = 4 if own else 6, 2 if own and plain and not config.training.moe_lora else 4
+    return norms * decoder.hidden + attention + 2 * decoder.heads * repeats + gates * decoder.ff
 
 
 def optimizer_bytes(config: Config, decoder: Shape, trainable: int) -> float:

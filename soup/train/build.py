@@ -137,7 +137,7 @@ def build(
 def _fast(built: Built) -> Built:
     """The trainer with soup's own kernels, where they apply."""
     choice = built.attention
-    parts = fast.put_on(built.trainer, built.config, choice and choice.implementation)
+    parts = fast.put_on(built.trainer, built.model, built.config, choice and choice.implementation)
     if choice is not None and any(part.name == "documents" and part.count for part in parts):
         choice = Choice("soup", f"each document of a row has a call of its own, and {choice.reason}")
     return replace(built, attention=choice, kernels=parts)

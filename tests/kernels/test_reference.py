@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy as reference_loss
 
-from soup.kernels import attention, lora
+from soup.kernels import attention, gate, lora, norm
 from soup.kernels.loss import CHUNK, cross_entropy
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -90,4 +90,43 @@ def test_an_adapted_layer(bias, dtype):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(
             ours.float(), theirs.float(), **close | {"atol": 1e-5 if dtype is torch.float32 else 1}
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm(dtype):
+    x, weight = (
+        drawn(*shape, seed=n).detach().to(dtype).requires_grad_()
+        for n, shape in enumerate([(2, 9, 24), (24,)])
+    )
+    y = norm.normalised(x, weight, 1e-5)
+    wide, scale = x.float(), weight.float()
+    wanted = scale * wide * (wide.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
+    close = CLOSE if dtype is torch.float32 else {"rtol": 0.02, "atol": 0.05}
+    assert y.dtype is dtype
+    torch.testing.assert_close(y.float(), wanted, **close)
+    for ours, theirs in zip(gradients(y.float(), x, weight), gradients(wanted, x, weight), strict=True):
+        torch.testing.assert_close(ours, theirs, **close)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_last_product_of_a_gated_mlp(bias, adapted, dtype):
+    gates, ups = (drawn(2, 9, 40, seed=n).detach().to(dtype).requires_grad_() for n in (1, 2))
+    weight = drawn(24, 40, seed=3).detach().to(dtype).requires_grad_(not adapted)
+    offset = drawn(24, seed=4).detach().to(dtype) if bias else None
+    a, b = (drawn(4, 40, seed=5), drawn(24, 4, seed=6)) if adapted else (None, None)
+    y = gate.gated_linear(gates, ups, weight, offset, a, b, 0.5)
+    h = torch.nn.functional.silu(gates.float()) * ups.float()
+    wanted = torch.nn.functional.linear(h, weight.float(), None if offset is None else offset.float())
+    if adapted:
+        wanted = wanted + 0.5 * (h @ a.T) @ b.T
+    close = CLOSE if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.4}
+    torch.testing.assert_close(y.float(), wanted, **close)
+    inputs = (gates, ups, a, b) if adapted else (gates, ups, weight)
+    for ours, theirs in zip(gradients(y.float(), *inputs), gradients(wanted, *inputs), strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(
+            ours.float(), theirs.float(), **close | {"atol": 1e-5 if dtype is torch.float32 else 2}
         )

@@ -73,7 +73,8 @@ def test_gradients_are_those_of_the_stock_path(build, words):
 def test_gradients_of_other_families(build, family, name):  # noqa: F811
     kernels = same_step(build, *EXACT, f"model.base={family(name)}")
     if name in ("qwen2", "qwen3", "mistral", "phi3", "olmo2", "llama, scaled"):
-        assert all(part.count for part in kernels.values()), name
+        stock = {"gates"} if name == "phi3" else set()  # gate and up are one layer there
+        assert {part.name for part in kernels.values() if not part.count} == stock
 
 
 @pytest.mark.parametrize(
