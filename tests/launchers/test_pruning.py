@@ -17,6 +17,7 @@ STEPS = (
 MEDIAN = ("sweep.pruner=median", "sweep.n_startup_trials=1", "sweep.n_warmup_steps=4")
 
 
+@pytest.mark.slow
 def test_a_bad_point_is_pruned_at_an_evaluation(shell):
     done = shell.run("-m", GRID, *STEPS, *MEDIAN)
     assert done.status == 0, done.out

@@ -33,6 +33,7 @@ def come_to(found):
     ]
 
 
+@pytest.mark.slow
 def test_a_search_runs_its_points_and_goes_on_with_more(shell, state_of):
     first = shell.run(*SPACE, *STEPS, "hydra.sweeper.n_trials=3")
     assert first.status == 0, first.out

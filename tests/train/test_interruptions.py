@@ -245,18 +245,21 @@ def test_every_task_twice_interrupted(twice_interrupted, task, lora):
     twice_interrupted(words)
 
 
-@pytest.mark.parametrize("task", ["sft", pytest.param("grpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["sft", "grpo"])
 def test_noise_twice_interrupted(twice_interrupted, task):
     twice_interrupted((f"task={task}", "training.neftune_alpha=5.0", *TASK, *TASKS.get(task, ())))
 
 
-@pytest.mark.parametrize("task", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["sft", "dpo"])
 def test_a_curriculum_twice_interrupted(twice_interrupted, task):
     """Three steps an epoch: the first epoch's order and the later ones'."""
     words = (f"task={task}", "training.curriculum=true", "training.curriculum_buckets=3", *TASK)
     twice_interrupted((*words, *TASKS.get(task, ())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -270,11 +273,13 @@ def test_other_curricula_twice_interrupted(twice_interrupted, words):
     twice_interrupted(("training.curriculum=true", "training.curriculum_buckets=3", *TASK, *words))
 
 
+@pytest.mark.slow
 def test_muon_twice_interrupted(twice_interrupted):
     twice_interrupted(("optim=muon", "optim.lr=1e-2", "lora=none", *TASK))
 
 
-@pytest.mark.parametrize("lora", ["lora", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", ["lora", "none"])
 def test_ppo_twice_interrupted(twice_interrupted, scorer, lora):
     words = ("task=ppo", f"task.reward_model={scorer}", "task.response_length=8", f"lora={lora}", *TASK)
     twice_interrupted(words)

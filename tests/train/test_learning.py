@@ -88,6 +88,7 @@ def letters(tmp_path, rows):
     )
 
 
+@pytest.mark.slow
 def test_grpo_earns_more_and_stays_near_its_reference(tree, place, server, letters):
     """With a strong pull to the reference the policy moves less."""
     runs = {}

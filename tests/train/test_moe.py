@@ -84,7 +84,8 @@ def test_adapters_load_with_plain_peft_and_merge(expert_model, build, place, tre
     assert torch.allclose(merged, trained, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], pytest.param(KINDS[2], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[2]])
 def test_a_resume_is_bit_equal(expert_model, tree, place, server, unequal, until, kind):
     import signal
 

@@ -19,15 +19,11 @@ LEARNS = {
 KNOBS = {"galore": ("optim.galore_rank=8", "optim.galore_update_proj_gap=3")}
 
 
-QUICK = (
-    ("adafactor", "none"),
-    ("adamw_8bit", "none"),
-    ("lion", "loraplus"),
-    ("galore", "none"),
-    ("schedule_free", "lora"),
-    ("muon", "dora"),
-)
+QUICK = (("adamw_8bit", "none"), ("galore", "none"), ("muon", "dora"))
 MORE = (
+    ("adafactor", "none"),
+    ("lion", "loraplus"),
+    ("schedule_free", "lora"),
     ("adafactor", "lora"),
     ("adamw_8bit", "lora"),
     ("lion", "lora"),

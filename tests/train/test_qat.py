@@ -39,7 +39,7 @@ def trained(tree, place, server, scorer):
     return run_of
 
 
-@pytest.mark.parametrize("choice", ["lora=lora", "lora=none"])
+@pytest.mark.parametrize("choice", ["lora=lora", pytest.param("lora=none", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("task", "words"), TASKS.items(), ids=TASKS)
 def test_every_task_trains(trained, task, words, choice):
     run = trained(f"task={task}", choice, *SHORT, *words)
@@ -163,9 +163,8 @@ Recorder.on_log = on_log
 """
 
 
-@pytest.mark.parametrize(
-    "choice", ["lora=none", pytest.param("lora=lora", marks=pytest.mark.slow), "lora=dora"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", ["lora=none", "lora=lora", "lora=dora"])
 def test_a_stopped_run_goes_on_bit_for_bit(server, place, tree, unequal, choice):
     tree = tree(
         *AWARE,

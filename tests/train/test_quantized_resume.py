@@ -16,6 +16,7 @@ Recorder.on_log = on_log
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_a_stopped_run_goes_on_bit_for_bit(server, place, tree, unequal, quantization):
     tree = tree(

@@ -25,10 +25,10 @@ CASES = {
         3,
         ("task=pretrain", "training.packing=true", "lora=none", "training.batch_size=2"),
     ),
-    "weights cut too": (2, 2, ("distributed=fsdp_full_shard", "lora=none")),
-    "two rings": (4, 2, ("training.gradient_checkpointing=true", "training.gradient_accumulation_steps=2")),
 }
 MORE = {
+    "weights cut too": (2, 2, ("distributed=fsdp_full_shard", "lora=none")),
+    "two rings": (4, 2, ("training.gradient_checkpointing=true", "training.gradient_accumulation_steps=2")),
     "contiguous, odd lengths": (2, 2, ("data.max_length=101", "longctx.ring_layout=contiguous")),
     "ZeRO-2": (2, 2, ("distributed=zero2", "lora=none")),
     "ZeRO-3": (2, 2, ("distributed=zero3", "lora=none")),
@@ -113,6 +113,7 @@ def test_sixteen_bits(losses):
         assert logged == pytest.approx(alone, rel=1e-2, abs=2e-2)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(several, place, tree, unequal):
     words = ("task=pretrain", "training.packing=true", "training.batch_size=2", "training.max_steps=6")
     words += ("training.save_steps=2", "training.logging_steps=1", "training.eval_steps=2", "optim.lr=5e-3")

@@ -33,6 +33,7 @@ def interrupted_at(run, server, until, step, number):
     assert process.wait() in (130, -signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_over_several_epochs(tree, place, server, until, unequal, rows):
     words = (
         *STREAM,
@@ -95,6 +96,7 @@ def test_a_bad_row_that_comes_late_fails_the_run_with_file_and_row(tree, place, 
     assert run.last_checkpoint() is not None, "what was learnt before is there"
 
 
+@pytest.mark.slow
 def test_a_row_that_is_too_long_fails_or_is_skipped(tree, place, server, rows):
     file = rows(number=2100)
     with file.open("a") as lines:

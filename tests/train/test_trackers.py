@@ -69,6 +69,7 @@ def of_trackio(run, project, folder):
     return found
 
 
+@pytest.mark.slow
 def test_several_at_once_through_a_kill_and_a_stop(tree, place, server, until, tmp_path):
     run, folder = place(tree(*ALL)), tmp_path / "trackio"
     environment = {"TRACKIO_DIR": str(folder)}

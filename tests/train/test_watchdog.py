@@ -125,6 +125,7 @@ def test_rollback_without_a_good_checkpoint_is_diverged(tree, place, server):
     assert not (run.folder / "rollbacks.json").exists()
 
 
+@pytest.mark.slow
 def test_interrupted_after_a_rollback_it_equals_one_that_was_not(tree, place, server, until, unequal):
     """The lowered rate and the watchdog's memory survive."""
     words = (*WATCHED, "training.loss_watchdog_action=rollback", "training.max_steps=24", "optim.lr=1e-3")
