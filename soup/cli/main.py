@@ -178,7 +178,7 @@ class Parser(ArgumentParser):
         self.add_argument("--temperature", type=float)
         self.add_argument("--out")
         self.add_argument("--from", dest="from_tool", choices=("soup-cli", "llamafactory", "axolotl", "trl"))
-        self.add_argument("--task", choices=("sft", "dpo", "kto", "grpo", "reward"))
+        self.add_argument("--task", choices=("sft", "dpo", "kto", "orpo", "grpo", "reward"))
         self.add_argument("--deepspeed", choices=("zero2", "zero3", "zero2_offload"))
         self.add_argument("--fsdp", choices=("full_shard", "shard_grad", "full_offload"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from soup.importers import reasons
 from soup.importers.mapping import (
     HUB,
     LOADER,
@@ -21,6 +22,7 @@ from soup.importers.mapping import (
     Same,
     Tool,
     at,
+    counted,
     deepspeed,
     each,
     flag,
@@ -107,6 +109,20 @@ def _adapter(value: Any, _: File) -> list[Outcome]:
     if value in ("lora", "qlora"):
         return [Choose("lora", "lora")]
     return [Leave("soup has LoRA, and all weights")]
+
+
+def _quantization_aware(value: Any, _: File) -> list[Outcome]:
+    bits = {"int4": "4bit", "int8": "8bit"}.get(str(value.get("weight_dtype", "int8")))
+    if bits is None:
+        return [Leave("soup learns with weights as integers of 4 or 8 bits")]
+    found: list[Outcome] = [Put("model.quantization", bits), Put("model.quantization_aware", True)]
+    if "group_size" in value:
+        found.append(Put("model.quantization_group_size", whole(value["group_size"])))
+    if left := sorted(set(value) - {"weight_dtype", "group_size"}):
+        found.append(
+            Leave(f"soup rounds the weights of linear layers, from the first step on ({', '.join(left)})")
+        )
+    return found
 
 
 def _bits(name: str) -> Entry:
@@ -215,7 +231,7 @@ def _ring(value: Any, _: File) -> list[Outcome]:
 ATTENTION = each(
     {False: Same("off"), True: Leave("soup has FlashAttention, and torch's own attention")}, "unknown"
 )
-TABLE: dict[str, Entry] = {
+TABLE: dict[str, Entry] = reasons.AXOLOTL | {
     "base_model": lambda value, _: [Choose("model", "hub"), Put("model.base", str(value))],
     "base_model_config": leave("soup reads the model's own config.json"),
     "model_type": nothing("the model's config.json says it"),
@@ -229,6 +245,7 @@ TABLE: dict[str, Entry] = {
     "overrides_of_model_config.rope_parameters": _rope,
     "load_in_4bit": _bits("4bit"),
     "load_in_8bit": _bits("8bit"),
+    "qat": _quantization_aware,
     "rl": each({key: Choose("task", name) for key, name in TASKS.items()}, "soup has no such task"),
     "reward_model": each({True: Choose("task", "reward"), False: Same("off")}, "is neither true nor false"),
     "datasets": _datasets,
@@ -259,7 +276,12 @@ TABLE: dict[str, Entry] = {
     "lora_r": _lora(to("lora.r", whole)),
     "lora_alpha": _lora(to("lora.alpha", float)),
     "lora_dropout": _lora(to("lora.dropout", float)),
-    "lora_target_modules": _lora(lambda value, _: targets(value)),
+    # axolotl adds these to what lora_target_linear finds, which is all that soup can name.
+    "lora_target_modules": _lora(
+        lambda value, file: (
+            [Same("lora_target_linear has all of them")] if at(file, "lora_target_linear") else targets(value)
+        )
+    ),
     "lora_target_linear": _lora(lambda value, _: targets("all-linear") if flag(value) else [Same("off")]),
     "lora_modules_to_save": _lora(leave("soup trains adapters, and no whole modules beside them")),
     "lora_fan_in_fan_out": nothing("PEFT knows each layer's orientation"),
@@ -314,12 +336,8 @@ TABLE: dict[str, Entry] = {
     "resume_from_checkpoint": leave(RESUME),
     "auto_resume_from_checkpoints": nothing(RESUME),
     "logging_steps": to("training.logging_steps", whole),
-    "save_steps": lambda value, _: (
-        [Put("training.save_steps", whole(value))] if float(value) >= 1 else [Leave("soup counts steps, not shares")]
-    ),
-    "eval_steps": lambda value, _: (
-        [Put("training.eval_steps", whole(value))] if float(value) >= 1 else [Leave("soup counts steps, not shares")]
-    ),
+    "save_steps": counted("training.save_steps"),
+    "eval_steps": counted("training.eval_steps"),
     "saves_per_epoch": _evenly("save"),
     "evals_per_epoch": _evenly("eval"),
     "save_strategy": same("steps", why="soup's too", otherwise="soup counts steps: training.save_steps"),

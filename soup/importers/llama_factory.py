@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from soup.importers import reasons
 from soup.importers.mapping import (
     LOADER,
     Choose,
@@ -151,6 +152,7 @@ def _probabilities(value: Any, _: File) -> list[Outcome]:
 TEMPLATE = "soup renders with the tokenizer's own chat template, or model.chat_template"
 SPEED = "how it is computed, not what is learnt"
 TABLE: dict[str, Entry] = ARGUMENTS | {
+    **reasons.LLAMA_FACTORY,
     "model_name_or_path": lambda value, _: [Choose("model", "hub"), Put("model.base", str(value))],
     "adapter_name_or_path": leave(
         "soup starts new adapters; fold the old in first: soup runs export --merged"
@@ -257,6 +259,10 @@ TABLE: dict[str, Entry] = ARGUMENTS | {
     "kto_chosen_weight": _of("kto", entry=to("task.desirable_weight", float)),
     "kto_rejected_weight": _of("kto", entry=to("task.undesirable_weight", float)),
     "reward_model": _of("ppo", entry=to("task.reward_model")),
+    "max_new_tokens": _of("ppo", entry=to("task.response_length", whole)),
+    "temperature": _of("ppo", entry=to("task.temperature", float)),
+    "top_p": _of("ppo", entry=leave("soup samples from all tokens, as the loss has it")),
+    "top_k": _of("ppo", entry=leave("soup samples from all tokens, as the loss has it")),
     "ppo_epochs": _of("ppo", entry=to("task.num_ppo_epochs", whole)),
     "ref_model": leave("the reference is the model that training starts from"),
 }
@@ -287,6 +293,8 @@ def _defaults(file: File) -> dict[str, Any]:
         values |= {"galore_rank": 16, "galore_update_interval": 200, "galore_scale": 2.0}
     if _task(file) in ("dpo", "ipo", "orpo", "simpo", "kto"):
         values["pref_beta"] = 0.1
+    if _task(file) == "ppo":
+        values |= {"max_new_tokens": 1024, "temperature": 0.95}
     if _task(file) == "simpo":
         values["simpo_gamma"] = 0.5
     return values

@@ -75,20 +75,17 @@ class Translated:
     left: dict[str, str] = field(default_factory=dict)
 
 
-UNKNOWN = "soup knows no counterpart of this key"
-
-
 def translate(tool: Tool, file: File) -> Translated:
     """Every key of the file, and the tool's defaults where the file is silent."""
     found = Translated()
     stated = dict(_flat(file, tool.table))
     for key, value in stated.items():
         entry = tool.table.get(key)
-        outcomes = _outcomes(entry, value, file)
+        outcomes = _outcomes(tool, entry, value, file)
         _take(found, key, key, outcomes)
     for key, value in tool.defaults(file).items():
         if stated.get(key) is None:
-            for one in _outcomes(tool.table[key], value, file):
+            for one in _outcomes(tool, tool.table[key], value, file):
                 silent = (isinstance(one, Put) and one.key not in found.put) or (
                     isinstance(one, Choose) and one.group not in found.chosen
                 )
@@ -99,9 +96,10 @@ def translate(tool: Tool, file: File) -> Translated:
     return found
 
 
-def _outcomes(entry: Entry | None, value: Any, file: File) -> list[Outcome]:
+def _outcomes(tool: Tool, entry: Entry | None, value: Any, file: File) -> list[Outcome]:
     if entry is None:
-        return [Leave(UNKNOWN)]
+        why = f"is none of the keys of {tool.name} {tool.version} that soup knows, and nothing is taken of it"
+        return [Leave(why)]
     if value is None:
         return [Same("has no value")]
     try:
@@ -201,6 +199,13 @@ def whole(value: Any) -> int:
     if isinstance(value, bool) or float(value) != int(float(value)):
         raise ValueError(f"{value!r} is no whole number")
     return int(float(value))
+
+
+def counted(key: str) -> Entry:
+    """A number of steps, which transformers takes for a share of all of them below 1."""
+    return lambda value, _: (
+        [Put(key, whole(value))] if float(value) >= 1 else [Leave(f"soup counts steps, not shares: {key}")]
+    )
 
 
 def at(file: File, path: str, default: Any = None) -> Any:

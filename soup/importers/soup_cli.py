@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from soup.importers import reasons
 from soup.importers.mapping import (
     OPTIMIZER,
     PLACE,
@@ -102,7 +103,7 @@ def _ring(value: Any, _: File) -> list[Outcome]:
     return [Put("longctx.use_ring_attention", True), Leave(why)]
 
 
-TABLE: dict[str, Entry] = {
+TABLE: dict[str, Entry] = reasons.SOUP_CLI | {
     "base": lambda value, _: [Choose("model", "hub"), Put("model.base", str(value))],
     "task": each({key: Choose("task", name) for key, name in TASKS.items()}, "soup has no such task"),
     "modality": same("text", why="soup trains on text", otherwise="soup trains on text only"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from soup.importers import reasons
 from soup.importers.mapping import (
     HUB,
     LOADER,
@@ -20,6 +21,7 @@ from soup.importers.mapping import (
     Same,
     Tool,
     at,
+    counted,
     deepspeed,
     each,
     flag,
@@ -37,8 +39,8 @@ from soup.importers.mapping import (
 )
 
 TASK = "task"  # which trainer is on TRL's command line; `soup import --task` puts it here
-TASKS = {name: name for name in ("sft", "dpo", "kto", "grpo", "reward")}
-RATES = {"sft": 2e-5, "dpo": 1e-6, "kto": 1e-6, "grpo": 1e-6, "reward": 1e-4}
+TASKS = {name: name for name in ("sft", "dpo", "kto", "orpo", "grpo", "reward")}
+RATES = {"sft": 2e-5, "dpo": 1e-6, "kto": 1e-6, "orpo": 1e-6, "grpo": 1e-6, "reward": 1e-4}
 PART = "soup reads a source as it is, its split train: write the part that is meant to a file"
 MIXED = "16-bit mixed precision; model.dtype=auto computes in bfloat16 where the hardware has it"
 NO_EVALUATION = same("no", why="no evaluation", otherwise="soup evaluates every training.eval_steps steps")
@@ -47,7 +49,7 @@ STEPS = same(
 )
 
 # Arguments of transformers' that LLaMA-Factory's files have too.
-ARGUMENTS: dict[str, Entry] = {
+ARGUMENTS: dict[str, Entry] = reasons.TRAINERS | {
     "output_dir": leave(PLACE),
     "overwrite_output_dir": leave(RESUME),
     "resume_from_checkpoint": leave(RESUME),
@@ -82,11 +84,11 @@ ARGUMENTS: dict[str, Entry] = {
         False, why="off", otherwise="training.logging_steps=1 logs the first step too"
     ),
     "log_level": nothing("what is printed"),
-    "save_steps": to("training.save_steps", whole),
+    "save_steps": counted("training.save_steps"),
     "save_strategy": STEPS,
     "save_total_limit": leave("soup keeps the last two checkpoints"),
     "save_only_model": same(False, why="off", otherwise="soup's checkpoints hold what a resume needs"),
-    "eval_steps": to("training.eval_steps", whole),
+    "eval_steps": counted("training.eval_steps"),
     "eval_strategy": STEPS,
     "evaluation_strategy": STEPS,
     "seed": to("training.seed", whole),
@@ -224,7 +226,7 @@ TABLE: dict[str, Entry] = ARGUMENTS | {
     "eval_packing": leave("soup packs held-out rows as it packs training rows"),
     "assistant_only_loss": same(True, why="soup's loss", otherwise="soup learns answers, and no prompts"),
     "completion_only_loss": same(True, why="soup's loss", otherwise="soup learns answers, and no prompts"),
-    "beta": _of("dpo", "kto", "grpo", entry=to("task.beta", float)),
+    "beta": _of("dpo", "kto", "orpo", "grpo", entry=to("task.beta", float)),
     "loss_type": _loss,
     "label_smoothing": _of("dpo", entry=to("task.label_smoothing", float)),
     "precompute_ref_log_probs": _of("dpo", "kto", entry=switch("task.precompute_ref")),
@@ -262,7 +264,7 @@ def defaults(file: File) -> dict[str, Any]:
         values["max_length"] = 1024
     if at(file, "use_peft", False):
         values |= {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
-    if task in ("dpo", "kto"):
+    if task in ("dpo", "kto", "orpo"):
         values["beta"] = 0.1
     if task == "grpo":
         values |= {"beta": 0.0, "num_generations": 8, "max_completion_length": 512, "temperature": 1.0}

@@ -259,6 +259,51 @@ def test_two_keys_that_differ_are_both_seen():
     assert "attn_implementation says" in found.left["flash_attention"]
 
 
+def test_all_linear_layers_are_more_than_some_of_them():
+    file = {
+        "base_model": "m",
+        "adapter": "lora",
+        "lora_target_linear": True,
+        "lora_target_modules": ["q_proj"],
+    }
+    found = translate(TOOLS["axolotl"], file)
+    assert found.put["lora.target_modules"][0] == "all-linear"
+    assert found.same["lora_target_modules"] and "lora_target_linear" not in found.left
+
+
+def test_axolotls_quantization_aware_training():
+    file = {"base_model": "m", "qat": {"activation_dtype": "int8", "weight_dtype": "int4", "group_size": 64}}
+    found = translate(TOOLS["axolotl"], file)
+    assert {key: value for key, (value, _) in found.put.items() if "quantization" in key} == {
+        "model.quantization": "4bit",
+        "model.quantization_aware": True,
+        "model.quantization_group_size": 64,
+    }
+    assert found.left["qat"].endswith("(activation_dtype)")
+    assert "4 or 8 bits" in translate(TOOLS["axolotl"], {"qat": {"weight_dtype": "nvfp4"}}).left["qat"]
+
+
+def test_what_llama_factory_generates_with_is_ppos():
+    file = {"model_name_or_path": "m", "stage": "ppo", "max_new_tokens": 512, "top_p": 0.9}
+    found = translate(TOOLS["llamafactory"], file)
+    assert found.put["task.response_length"] == (512, "max_new_tokens")
+    assert found.put["task.temperature"] == (0.95, "LLaMA-Factory's default")
+    assert "top_p" in found.left
+
+
+def test_a_recipe_of_the_alignment_handbooks(capsys):
+    Path("orpo.yaml").write_text(
+        "model_name_or_path: m\nbeta: 0.05\nremove_unused_columns: true\nmade_up: 1\n"
+    )
+    assert (
+        main(["import", "orpo.yaml", "--from", "trl", "--task", "orpo", "--json", "--out", "mine.yaml"]) == 0
+    )
+    told = json.loads(capsys.readouterr().out)
+    assert told["choices"]["task"] == "orpo" and told["keys"]["task.beta"] == 0.05
+    assert told["without_counterpart"]["made_up"].startswith("is none of the keys of TRL")
+    assert "remove_unused_columns" in told["same"]
+
+
 def test_a_value_that_soup_refuses_is_listed(capsys):
     Path("odd.yaml").write_text(
         yaml.safe_dump({"base": "m", "training": {"lora": {"alpha": -3}, "epochs": 2}})
