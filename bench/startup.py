@@ -113,7 +113,7 @@ def first_steps(folder: str, rounds: int) -> dict[str, float]:
     from soup.model import source
     from soup.schema import check
 
-    rows = Path(folder) / "json" / "train.jsonl"  # the folder is what `--dataset_name json` finds
+    rows = Path(folder) / "rows" / "train.jsonl"
     rows.parent.mkdir()
     chat = [{"role": "user", "content": "Is the lamp lit?"}, {"role": "assistant", "content": "It is."}]
     rows.write_text((json.dumps({"messages": chat}) + "\n") * 64)
@@ -122,7 +122,7 @@ def first_steps(folder: str, rounds: int) -> dict[str, float]:
     model = str(source.folder(config.model))
     script = [sys.executable, "-c", SCRIPT, model, str(rows), f"{folder}/out"]
     trl = [str(Path(sys.executable).with_name("trl")), "sft", "--model_name_or_path", model]
-    trl += ["--dataset_name", "json", "--output_dir", f"{folder}/cli", *TRL_WORDS.split()]
+    trl += ["--dataset_name", str(rows.parent), "--output_dir", f"{folder}/cli", *TRL_WORDS.split()]
     return medians(
         {
             "soup": lambda: first_step(soup, "step 1/2", folder),
