@@ -27,6 +27,7 @@ from soup.model.load import prompt_ids
 from soup.model.rope import FOLLOW
 
 ROWS = 3
+TOKENS = 64  # whose logits are taken in float64 at once
 ADVANTAGES = torch.tensor([1.0, -0.5])  # of the two answers that GRPO's loss is computed on
 MOVES = (1e-3, 1e-2, 1e-1, 1.0)  # of the parameter: the first that moves a row's log-probability far enough
 MOVED = 2.0  # nats
@@ -272,8 +273,15 @@ def logps(built: Any, ids: Sequence[int], temperature: float = 1.0) -> Tensor:
     """Log-probabilities of each token but the first, shape (T - 1,), in float64."""
     ids_1T = torch.tensor([list(ids)], device=built.trainer.args.device)
     with torch.no_grad():
-        logits_TV = built.model(input_ids=ids_1T).logits[0, :-1].double().cpu() / temperature
-    return logits_TV.log_softmax(-1).gather(1, ids_1T[0, 1:, None].cpu()).squeeze(1)
+        logits_TV = built.model(input_ids=ids_1T).logits[0, :-1]
+    next_T1 = ids_1T[0, 1:, None].cpu()
+    parts = zip(logits_TV.split(TOKENS), next_T1.split(TOKENS), strict=True)
+    return torch.cat(
+        [
+            (some.double().cpu() / temperature).log_softmax(-1).gather(1, chosen)[:, 0]
+            for some, chosen in parts
+        ]
+    )
 
 
 def _score(built: Any, ids: Sequence[int]) -> Tensor:

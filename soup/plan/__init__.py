@@ -12,7 +12,7 @@ from soup.errors import Problem, Refused
 from soup.packing import estimate
 from soup.plan.decoder import Shape, adapter_parameters, shape
 from soup.plan.fits import frozen_layers, refuse_unfit
-from soup.plan.memory import BYTES, optimizer_bytes, peak
+from soup.plan.memory import BYTES, optimizer_bytes, peak, proving
 from soup.plan.spread import devices
 from soup.plan.unpadded import row_tokens, without_padding
 from soup.rope import scaling
@@ -165,6 +165,15 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
     if cut and loading > 0:
         parts["loading"] = loading
         notes["loading"] = f"each device holds the whole model, {whole / 1e9:.1f} GB, before it is cut"
+    held = sum(
+        parts.get(name, 0) for name in ("runtime", "weights", "reference", "reward model", "value model")
+    )
+    beyond = held + proving(config, decoder, dtype, longest) - sum(parts.values())
+    if beyond > 0 and spread.world == 1:
+        parts["proof"] = beyond
+        notes["proof"] = (
+            "before the first step the loss is measured in float32, which takes more than training does"
+        )
     memory = {name: round(size) for name, size in parts.items()}
     row = longest if stretched is None else max(longest, config.data.max_length)
     needs, notes["devices"] = devices(config, model, decoder, device, row, dtype, trainable, adapters)

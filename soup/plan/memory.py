@@ -20,6 +20,8 @@ HOLES = {"cpu": 0.55, "cuda": 0.0}
 LOGIT_CHUNK = (
     256  # learnt tokens that TRL turns into logits at once (sft_trainer._CHUNKED_LM_HEAD_CHUNK_SIZE)
 )
+MEASURED = 3  # rows whose loss is measured before the first step
+LARGE = 2**31  # bytes of float32 weights above which that is done in training's own precision
 LOSS_TOKENS = 2048  # of a batch whose loss is measured for the curriculum, padding included
 LOGIT_COPIES = 6  # logits, log-softmax, their exponent and product, and two gradients, in float32
 NF4_BYTES = 0.516  # a weight and its share of doubly quantized scales (arXiv:2305.14314, section 3)
@@ -125,6 +127,17 @@ def peak(
     }
     note = f"batch of {training.batch_size} x {length} tokens; activations: {how}; logits: {how_logits}"
     return parts, note
+
+
+def proving(config: Config, decoder: Shape, dtype: str, longest: int) -> float:
+    """Bytes that proving the loss takes beside the process and what is held anyway: a copy of the weights in float32,
+    and what backward would need of MEASURED rows (soup.effects.undisturbed); none for models that are measured as they
+    train."""
+    if dtype == "float32" or config.model.stored != "none" or 4 * decoder.total > LARGE:
+        return 0.0
+    kept = 1 if config.training.gradient_checkpointing else decoder.layers
+    rows = MEASURED * config.task.forwards * (longest + config.task.generates)
+    return 4 * decoder.total + rows * kept * _layer_floats(config, decoder) * BYTES["float32"]
 
 
 def _share(spread: DistributedSpec) -> dict[str, float]:
