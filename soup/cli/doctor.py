@@ -26,7 +26,9 @@ def doctor(points: Sequence[Point], args: Namespace) -> int:
     """Prints the table; 1 where something is missing or broken that the configuration needs here, else 0."""
     wanted = [(config, resolve(config.launch.device)) for config in (check(point.tree) for point in points)]
     needed = {capability.name for capability in CAPABILITIES if _needed(capability, wanted)}
-    needed |= {"disk space", "versions"}
+    needed |= {"disk space", "versions"} | (
+        {"Optuna"} if args.pruner is not None or getattr(args, "study", None) else set()
+    )
     roots = dict.fromkeys(Path(config.run.root) for config, _ in wanted)
     found = [
         versions(),

@@ -25,44 +25,34 @@ class Command:
 
 
 COMMANDS = {
-    "run": Command("soup.cli.run:run", "train; the default, the word may be left out"),
-    "plan": Command(
-        "soup.cli.plan:plan", "what it would cost: memory, steps, disk; trains nothing", json=True
-    ),
-    "prove": Command("soup.cli.prove:prove", "build it, show each setting requested and in force", json=True),
-    "data": Command("soup.cli.data:data", "the data as the model sees it: masks, lengths, rejected rows"),
-    "why": Command("soup.cli.why:why", "which rules speak about this combination"),
-    "doctor": Command(
-        "soup.cli.doctor:doctor", "what this machine can run, and what mends the rest", json=True
-    ),
-    "runs": Command(
-        "soup.cli.runs:runs", "[show|compare|resume|export|push] [ID...]", composes=False, json=True
-    ),
+    "run": Command("soup.cli.run:run", "train; may be left out"),
+    "plan": Command("soup.cli.plan:plan", "memory, steps, disk", json=True),
+    "prove": Command("soup.cli.prove:prove", "what is really in force", json=True),
+    "data": Command("soup.cli.data:data", "the rows as a model sees them"),
+    "why": Command("soup.cli.why:why", "rules on this combination"),
+    "doctor": Command("soup.cli.doctor:doctor", "what works here, what mends it", json=True),
+    "runs": Command("soup.cli.runs:runs", "show compare resume export push", composes=False, json=True),
     "status": Command(
         "soup.cli.status:status", "[SWEEP] [--watch]: where a sweep stands", composes=False, json=True
     ),
     "report": Command(
         "soup.cli.report:report",
-        "[RUN|SWEEP ...] [--out FILE]: runs on one page, and a picture",
+        "[RUN|SWEEP] on one page",
         composes=False,
     ),
     "logs": Command("soup.cli.logs:logs", "[-f] [SWEEP] [POINT]: what its runs say", composes=False),
     "cancel": Command("soup.cli.sweeps:cancel", "[SWEEP]: its runs save and stop", composes=False),
     "retry": Command("soup.cli.sweeps:retry", "[SWEEP]: run what is not finished", composes=False),
-    "chat": Command("soup.cli.talk:chat", "[RUN] [--base]: talk to a run's model", composes=False),
-    "generate": Command("soup.cli.talk:generate", "[RUN] --prompts FILE: answers, as JSONL", composes=False),
-    "recipes": Command(
-        "soup.cli.recipes:recipes", "[SEARCH]: experiments to start from", composes=False, json=True
-    ),
+    "chat": Command("soup.cli.talk:chat", "[RUN] [--base]", composes=False),
+    "generate": Command("soup.cli.talk:generate", "[RUN] --prompts FILE", composes=False),
+    "recipes": Command("soup.cli.recipes:recipes", "[SEARCH] to start from", composes=False, json=True),
     "import": Command(
         "soup.cli.importing:import_",
-        "FILE: another tool's configuration as an experiment",
+        "FILE of another tool",
         composes=False,
         json=True,
     ),
-    "schema": Command(
-        "soup.cli.json_schema:print_schema", "the configuration as JSON Schema, for an editor", composes=False
-    ),
+    "schema": Command("soup.cli.json_schema:print_schema", "for an editor", composes=False),
 }
 
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")

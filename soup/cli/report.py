@@ -8,8 +8,8 @@ from pathlib import Path
 
 from soup.cli.table import size
 from soup.errors import Problem, Refused
+from soup.report import PACKAGES
 
-NEEDED = {"plotly": "plotly", "jinja2": "jinja2", "matplotlib": "matplotlib", "optuna": "optuna"}
 SUFFIX = ".html"
 
 
@@ -22,7 +22,7 @@ def report(words: list[str], args: Namespace) -> int:
     """
     from soup.report.chosen import choose
 
-    missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
+    missing = [package for package, module in PACKAGES.items() if find_spec(module) is None]
     if missing:
         why = f"needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed"
         raise Refused(Problem(key="report", why=why, fix="pip install 'soup-launcher[report]'"))

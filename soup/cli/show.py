@@ -20,27 +20,19 @@ from soup.cli.main import COMMANDS
 from soup.errors import Problem, Refused
 
 HELP = """\
-soup fine-tunes language models, and checks every setting before it costs anything.
-  soup [COMMAND] [group=choice] [key=value] [flags]      in any order; `python -m soup` is the same
-Commands
+soup [COMMAND] [group=choice] [key=value] [flags]: fine-tunes language models.
 {commands}
-
-Groups, and their choices (the first is what you get if you say nothing)
+Groups; the first choice is what you get if you say nothing
 {groups}
-
-Examples
-  soup experiment=quickstart                           the demo; `soup recipes` lists others
-  soup data.train=rows.jsonl training.epochs=3         your own rows
-  soup --multirun lora.r=8,16,32 optim.lr=1e-4,2e-4    a sweep of six; also sweep.zip=, sweep.random=
-
-Flags
-  --multirun a sweep       --cfg job the composed configuration      --info how it came about
-  --json     {json}
-  --config-dir DIR your own YAML     --shell-completion install=bash (zsh, fish)     --version
+  soup experiment=quickstart                      the demo; `soup recipes`: more
+  soup data.train=rows.jsonl training.epochs=3    your own rows
+  soup --multirun lora.r=8,16 optim.lr=1e-4,2e-4  a sweep of 4; sweep.random=
+Flags: --json  --config-dir DIR of your own YAML  --cfg job  --info  --version
+       --shell-completion install=bash (zsh, fish)    in any order, all of it
 """
 
 
-TOGETHER = "status logs cancel retry "
+TOGETHER = "status logs cancel retry"
 
 
 def show(args: Namespace) -> int:
@@ -74,14 +66,25 @@ def show_help(args: Namespace) -> int:
                 options = loader.get_group_options(group)
                 default = chosen[group] or "(none)"
                 groups[group] = [default, *(option for option in options if option != default)]
-    shown = {name: command.says for name, command in COMMANDS.items() if name not in TOGETHER.split()}
-    shown[TOGETHER] = "[SWEEP]: where a sweep stands, what it says, stop it, go on with it"
-    commands = "\n".join(f"  {name:9}{says}" for name, says in shown.items())
-    # A terminal of 80 columns shows each in a line.
-    listed = "\n".join(f"  {group:12}{shorten(' '.join(groups[group]), 66)}" for group in reversed(groups))
-    takers = " ".join(name for name, command in COMMANDS.items() if command.json)
-    sys.stdout.write(HELP.format(commands=commands, groups=listed, json=takers))
+    shown = [f"{name:9}{command.says}" for name, command in COMMANDS.items() if name not in TOGETHER.split()]
+    shown.append(f"{TOGETHER} [SWEEP]")
+    choices = [f"{group:12}{shorten(' '.join(groups[group]), 65)}" for group in reversed(groups)]
+    sys.stdout.write(HELP.format(commands=_packed(shown), groups=_packed(choices)))
     return 0
+
+
+def _packed(cells: list[str]) -> str:
+    """Two in a line of 80 columns where they fit, so that all of the help fits 24 lines."""
+    lines = []
+    left = list(cells)
+    while left:
+        first = left.pop(0)
+        column = max(38, len(first) + 2)
+        beside = next((cell for cell in left if column + len(cell) <= 77), None)
+        if beside is not None:
+            left.remove(beside)
+        lines.append(f"  {first:{column}}{beside or ''}".rstrip())
+    return "\n".join(lines)
 
 
 def _show_cfg(engine: Hydra, args: Namespace) -> None:

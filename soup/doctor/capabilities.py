@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from soup.device import Device
+from soup.report import PACKAGES
 from soup.schema import Config
 
 Need = Callable[[Config, Device], bool]
@@ -204,6 +205,18 @@ CAPABILITIES: tuple[Capability, ...] = (
         install=_extra("slurm"),
         needed=lambda config, _: config.launch.slurm is not None,
         submits=True,
+    ),
+    Capability(
+        name="report",
+        exercised="a page and a picture of a run in a scratch folder",
+        packages=PACKAGES,
+        install=_extra("report"),
+    ),
+    Capability(
+        name="Optuna",
+        exercised="a study proposes a point, and its pruner stops a bad one",
+        packages={"optuna": "optuna"},
+        install=_extra("optuna"),
     ),
     *(
         Capability(

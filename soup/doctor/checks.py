@@ -346,6 +346,44 @@ def slurm() -> str:
     return f"partitions {listed} nodes"
 
 
+def report() -> str:
+    from soup import record
+    from soup.report import page, picture
+    from soup.report.chosen import choose
+    from soup.report.content import gather
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        tree = {"run": {"objective": "loss"}, "task": {"name": "sft"}, "model": {"base": "a model"}}
+        run = record.place(root, "0" * 12, tree, resume="auto")
+        run.metrics.write_text("".join(f'{{"step": {step}, "loss": {3 - step}}}\n' for step in (1, 2)))
+        run.finish("finished", step=2, steps=2, loss=1)
+        content = gather(choose(root, []))
+        count = page.write(content, root / "report.html")
+        picture.write(content, root / "report.png")
+        if "plotly" not in (root / "report.html").read_text(encoding="utf-8"):
+            raise RuntimeError("its page lacks plotly's script")
+        if not (root / "report.png").read_bytes().startswith(b"\x89PNG"):
+            raise RuntimeError("its picture is no PNG")
+    return f"a page of {count / 1e6:.1f} MB, a PNG"
+
+
+def optuna() -> str:
+    import optuna as library
+
+    library.logging.set_verbosity(library.logging.ERROR)
+    study = library.create_study(pruner=library.pruners.MedianPruner(n_startup_trials=1))
+    for goal in (1.0, 2.0):
+        trial = study.ask()
+        trial.suggest_float("lr", 1e-5, 1e-3, log=True)
+        trial.report(goal, step=1)
+        stops = trial.should_prune()
+        study.tell(trial, goal)
+    if not stops:
+        raise RuntimeError("its pruner lets a bad point go on")
+    return f"Optuna {library.__version__}"
+
+
 def wandb() -> str:
     import wandb as library
 

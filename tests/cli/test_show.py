@@ -47,8 +47,7 @@ def test_version(shell):
 
 def test_help_fits_a_screen_and_names_every_group(shell):
     lines = shell.run("--help").out.splitlines()
-    assert len(lines) <= 40
-    assert max(map(len, lines)) <= 101
+    assert len(lines) < 24 and max(map(len, lines)) <= 80
     groups = (
         "model",
         "data",
@@ -62,7 +61,7 @@ def test_help_fits_a_screen_and_names_every_group(shell):
         "launch",
     )
     for group in (*groups, "experiment"):
-        assert any(line.startswith(f"  {group} ") for line in lines), group
+        assert any(f"  {group} " in line for line in lines), group
 
 
 def test_hydra_help(shell):

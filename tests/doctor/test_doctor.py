@@ -51,7 +51,10 @@ def shadowed(folder: Path, module: str, content: str) -> str:
 
 
 def test_what_is_here_works():
-    found = {one.name: one for one in examine([BY_NAME[name] for name in ("GaLore", "trackio", "processes")])}
+    found = {
+        one.name: one
+        for one in examine([BY_NAME[name] for name in ("GaLore", "trackio", "processes", "report", "Optuna")])
+    }
     assert {one.state for one in found.values()} == {"works"}, found
     assert not any(one.mend for one in found.values())
 

@@ -252,6 +252,14 @@ def test_a_sweep(begun, soup, tmp_path, compose, place_below, server, unequal):
     bad, good = (found[float(threshold)] for threshold in THRESHOLDS)
     assert (bad.state(), good.state()) == ("diverged", "finished")
     assert sorted(states) == ["COMPLETED", "FAILED"]
+    told = subprocess.run(
+        [sys.executable, "-m", "soup.doctor.checks", "slurm"],
+        env=os.environ | soup.cluster.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert json.loads(told)["state"] == "works" and "low* x2" in json.loads(told)["detail"], told
 
     tree = compose(
         *[

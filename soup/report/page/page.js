@@ -204,7 +204,7 @@
           range: [low - room, high + room], constraintrange: before?.[index].constraintrange };
       }),
       unselected: { line: { color: css("--line"), opacity: 0.4 } },
-      labelfont: { size: 13, color: css("--ink") }, tickfont: { size: 11, color: css("--soft") }, rangefont: { size: 1, color: "rgba(0,0,0,0)" },
+      labelfont: { size: 13, color: css("--ink") }, tickfont: { size: 11, color: css("--ink") }, rangefont: { size: 1, color: "rgba(0,0,0,0)" },
     }], {
       paper_bgcolor: "rgba(0,0,0,0)", margin: { l: 70, r: 70, t: 48, b: 24 },
       font: { family: getComputedStyle(document.body).fontFamily, color: css("--soft") },
