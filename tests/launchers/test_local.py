@@ -126,17 +126,22 @@ def test_killed_again_and_again(shell, until, losses):
     print("seed", seed)
     draw = random.Random(seed)
     rounds = int(os.environ.get("SOUP_KILLS", "5"))
-    kinds = []
+    kinds, seeds = [], [0]
     for _ in range(rounds):
-        process = shell.begin("-m", GRID, *LONG)
+        if len(_all_runs(shell)) == 2 * len(seeds) and all(
+            run.state() == "finished" for run in _all_runs(shell)
+        ):
+            seeds.append(len(seeds))  # what is finished cannot be hurt any more
+        process = shell.begin("-m", GRID, *LONG, f"training.seed={seeds[-1]}")
         time.sleep(draw.uniform(3, 25))
         kinds.append(_kill_one(process, draw))
         process.wait(120)
         until(lambda: not any(run.running() for run in _all_runs(shell)))
-    print(kinds)
-    last = shell.run("-m", GRID, *LONG)
+    print(kinds, seeds)
+    words = (*LONG, f"training.seed={','.join(map(str, seeds))}")
+    last = shell.run("-m", GRID, *words)
     assert last.status == 0, last.out
-    _equal_to_undisturbed(shell, _all_runs(shell), losses)
+    _equal_to_undisturbed(shell, _all_runs(shell), losses, words)
 
 
 @pytest.mark.slow
@@ -210,11 +215,11 @@ def _running(shell, until, process, metrics=True):
     return _all_runs(shell)
 
 
-def _equal_to_undisturbed(shell, runs, losses):
+def _equal_to_undisturbed(shell, runs, losses, words=LONG):
     root = shell.root
     disturbed = {run.id: losses(run) for run in runs}
     shell.root = shell.folder / "undisturbed"
-    assert shell.run("-m", GRID, *LONG).status == 0
+    assert shell.run("-m", GRID, *words).status == 0
     assert {run.id: losses(run) for run in _all_runs(shell)} == disturbed
     shell.root = root
 
