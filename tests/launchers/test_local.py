@@ -12,6 +12,7 @@ from soup import parents, sweep
 from soup.record import Run
 
 GRID = "optim.lr=1e-3,1e-2"
+KILLS = int(os.environ.get("SOUP_KILLS", "5"))
 LONG = ("training.max_steps=60", "training.logging_steps=1", "training.save_steps=5", "launch.slots=2")
 
 
@@ -120,14 +121,14 @@ def test_a_second_ctrl_c_stops_at_once(shell, until):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300 + 60 * KILLS)
 def test_killed_again_and_again(shell, until, losses):
     """SIGKILL to the parent, its fork server or a child at random moments; afterwards all is as if nothing had been."""
     seed = random.randrange(2**32)
     print("seed", seed)
     draw = random.Random(seed)
-    rounds = int(os.environ.get("SOUP_KILLS", "5"))
     kinds, seeds = [], [0]
-    for _ in range(rounds):
+    for _ in range(KILLS):
         if len(_all_runs(shell)) == 2 * len(seeds) and all(
             run.state() == "finished" for run in _all_runs(shell)
         ):
