@@ -25,6 +25,7 @@ from soup.errors import RecordError, Refused
 from soup.model import unsloth
 from soup.record import Run
 from soup.schema import Config, check
+from soup.train import spared
 from soup.train.stopper import BUSY, INTERRUPTED, Stopper
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -121,6 +122,7 @@ def prove(run: Run) -> int:
 def _job(run: Run) -> Any:
     """`soup.train.job`, whose imports Unsloth must come before where it is the backend."""
     config = check(run.tree())
+    spared.deepspeed(config.distributed.spread)
     if config.backend.unsloth:
         unsloth.take_over(resolve(config.launch.device))
     from soup.train import job

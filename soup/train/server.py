@@ -15,6 +15,7 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import select
 import signal
 import sys
@@ -22,14 +23,18 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-# What libraries load when it is first asked for, and nearly every run asks for.
+# What is loaded when it is first asked for, and nearly every run asks for. A package: all that is in it.
 PRELOADED = (
+    "omegaconf",
+    "soup.choices",
+    "soup.effects",
     "soup.train.job",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
     "transformers.trainer",
     "trl.trainer.sft_trainer",
     "peft.tuners.lora.model",
+    "peft.utils.transformers_weight_conversion",
 )
 STOPPING = {signal.SIGINT, signal.SIGTERM}
 
@@ -43,16 +48,27 @@ def main(words: Sequence[str]) -> int:
     requests, answers = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what libraries print while they are imported
+    preload(words)
+    return Server(requests, answers).serve()
+
+
+def preload(words: Sequence[str]) -> None:
+    """Imports what the children need."""
+    from soup.train import spared
+
+    spared.deepspeed("none")  # runs of several processes are not forked from here
     if words[:1] == ["--unsloth"]:
         from soup.device import resolve
         from soup.model import unsloth
 
         unsloth.take_over(resolve(words[1]))
     for name in PRELOADED:
-        importlib.import_module(name)
+        module = importlib.import_module(name)
+        if name.startswith("soup."):
+            for one in pkgutil.iter_modules(getattr(module, "__path__", ()), f"{name}."):
+                importlib.import_module(one.name)
     gc.collect()
     gc.freeze()  # the garbage collector writes to what it visits, and a page written is a page copied
-    return Server(requests, answers).serve()
 
 
 class Server:

@@ -12,6 +12,7 @@ from soup import parents, sweep
 from soup.record import Run
 
 GRID = "optim.lr=1e-3,1e-2"
+KILLS = int(os.environ.get("SOUP_KILLS", "5"))
 LONG = ("training.max_steps=60", "training.logging_steps=1", "training.save_steps=5", "launch.slots=2")
 
 
@@ -120,23 +121,28 @@ def test_a_second_ctrl_c_stops_at_once(shell, until):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300 + 60 * KILLS)
 def test_killed_again_and_again(shell, until, losses):
     """SIGKILL to the parent, its fork server or a child at random moments; afterwards all is as if nothing had been."""
     seed = random.randrange(2**32)
     print("seed", seed)
     draw = random.Random(seed)
-    rounds = int(os.environ.get("SOUP_KILLS", "5"))
-    kinds = []
-    for _ in range(rounds):
-        process = shell.begin("-m", GRID, *LONG)
+    kinds, seeds = [], [0]
+    for _ in range(KILLS):
+        if len(_all_runs(shell)) == 2 * len(seeds) and all(
+            run.state() == "finished" for run in _all_runs(shell)
+        ):
+            seeds.append(len(seeds))  # what is finished cannot be hurt any more
+        process = shell.begin("-m", GRID, *LONG, f"training.seed={seeds[-1]}")
         time.sleep(draw.uniform(3, 25))
         kinds.append(_kill_one(process, draw))
         process.wait(120)
         until(lambda: not any(run.running() for run in _all_runs(shell)))
-    print(kinds)
-    last = shell.run("-m", GRID, *LONG)
+    print(kinds, seeds)
+    words = (*LONG, f"training.seed={','.join(map(str, seeds))}")
+    last = shell.run("-m", GRID, *words)
     assert last.status == 0, last.out
-    _equal_to_undisturbed(shell, _all_runs(shell), losses)
+    _equal_to_undisturbed(shell, _all_runs(shell), losses, words)
 
 
 @pytest.mark.slow
@@ -210,11 +216,11 @@ def _running(shell, until, process, metrics=True):
     return _all_runs(shell)
 
 
-def _equal_to_undisturbed(shell, runs, losses):
+def _equal_to_undisturbed(shell, runs, losses, words=LONG):
     root = shell.root
     disturbed = {run.id: losses(run) for run in runs}
     shell.root = shell.folder / "undisturbed"
-    assert shell.run("-m", GRID, *LONG).status == 0
+    assert shell.run("-m", GRID, *words).status == 0
     assert {run.id: losses(run) for run in _all_runs(shell)} == disturbed
     shell.root = root
 

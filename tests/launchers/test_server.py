@@ -26,12 +26,38 @@ def one(prompts, completions, **columns):
     return [float(len(str(completion)) % 3) for completion in completions]
 """
 
+# Notes who has transformers' classes in the process that trains, and whether Unsloth is in it; `{liger}`: before that
+# Liger takes them over. (Its modules are there in any case: TRL imports them.)
+LOOK = """
+import json, sys
+if "transformers" in sys.modules:
+    from transformers.models.llama import modeling_llama
+    if {liger}:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+        apply_liger_kernel_to_llama()
+    parts = list(vars(modeling_llama).values())
+    parts += [part for one in parts if isinstance(one, type) for part in vars(one).values()]
+    owners = {{str(getattr(part, "__module__", None)).partition(".")[0] for part in parts}}
+    owners &= {{"liger_kernel", "unsloth", "unsloth_zoo"}}
+    print(json.dumps([sorted(owners), "unsloth" in sys.modules]), file=open("{seen}", "a"))
+def one(prompts, completions, **columns):
+    return [float(len(str(completion)) % 3) for completion in completions]
+"""
 
-def _forked(folder):
+
+def _forked(folder, *words):
     launcher("local")
     from hydra_plugins.soup_launchers._servers import Forked
 
-    return Forked(variables(1), [], folder / "server.txt")
+    return Forked(variables(1), list(words), folder / "server.txt")
+
+
+def _ready(server, log):
+    while server.able is None:
+        select.select(server.descriptors(), [], [], 1)
+        list(server.ended())
+    assert server.able, log.read_text()
+    return server
 
 
 def _statuses(server, count, timeout_s=120):
@@ -47,11 +73,7 @@ def _statuses(server, count, timeout_s=120):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
-    server = _forked(folder)
-    while server.able is None:
-        select.select(server.descriptors(), [], [], 1)
-        list(server.ended())
-    assert server.able, (folder / "server.txt").read_text()
+    server = _ready(_forked(folder), folder / "server.txt")
     yield server
     server.close()
 
@@ -68,20 +90,51 @@ def test_what_one_run_patches_does_not_reach_the_next(server, tree, place, tmp_p
     assert losses(before) == losses(after)
 
 
+def test_ligers_kernels_stay_in_the_child_that_took_them(server, tree, place, tmp_path):
+    for name, liger in (("liger", True), ("stock", False)):
+        (tmp_path / f"{name}.py").write_text(LOOK.format(liger=liger, seen=tmp_path / "seen"))
+        words = ("task=grpo", f"task.rewards=[{tmp_path}/{name}.py:one]", "training.max_steps=1")
+        run = place(tree(*words), name)
+        server.start(run, {})
+        assert _statuses(server, 1) == {run.id: int(liger)}, run.console.read_text()
+    first, second = map(json.loads, (tmp_path / "seen").read_text().splitlines())
+    assert first == [["liger_kernel"], False], "Liger's are in force"
+    assert second == [[], False], "the next child has the stock ones"
+
+
+@pytest.mark.slow
+def test_what_unsloth_does_for_one_run_does_not_reach_the_next(tree, place, tmp_path, losses):
+    """Unsloth rewrites classes for what it loads: here for a run of all weights, between two equal ones of adapters."""
+    server = _ready(_forked(tmp_path, "--unsloth", "cpu"), tmp_path / "server.txt")
+    try:
+        words = ("backend=unsloth", *STEPS)
+        before, after = place(tree(*words), "before"), place(tree(*words), "after")
+        for run in (before, place(tree(*words, "lora=none"), "other"), after):
+            server.start(run, {})
+            assert _statuses(server, 1) == {run.id: 0}, run.console.read_text()
+        assert losses(before) == losses(after)
+    finally:
+        server.close()
+
+
 def test_a_child_is_a_process_with_its_own_environment_and_one_thread_pool(server, tree, place, tmp_path):
     (tmp_path / "look.py").write_text(
         "import json, os, sys\n"
         "if 'torch' in sys.modules:\n"
         "    import torch\n"
         "    json.dump([os.getpid(), os.getppid(), os.environ['SOUP_SWEEP'], torch.get_num_threads(),\n"
-        f"               torch.cuda.is_initialized()], open('{tmp_path}/seen', 'w'))\n"
+        "               torch.cuda.is_initialized(), sys.modules['deepspeed'], 'mlflow' in sys.modules],\n"
+        f"              open('{tmp_path}/seen', 'w'))\n"
         "def one(prompts, completions, **columns): return [0.0] * len(prompts)\n"
     )
     run = place(tree("task=grpo", f"task.rewards=[{tmp_path}/look.py:one]", "training.max_steps=1"))
     server.start(run, {"SOUP_SWEEP": "abc"})
     assert _statuses(server, 1) == {run.id: 0}
-    pid, parent, swept, threads, cuda = json.loads((tmp_path / "seen").read_text())
+    pid, parent, swept, threads, cuda, deepspeed, mlflow = json.loads((tmp_path / "seen").read_text())
     assert (parent, swept, threads, cuda) == (server.process.pid, "abc", 1, False)
+    assert (deepspeed, mlflow) == (None, False), (
+        "accelerate imports DeepSpeed to unwrap a model, and that MLflow"
+    )
     assert pid != parent
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
