@@ -75,7 +75,7 @@ def _scaled(model: Any) -> str | None:
 
 def _answer(model: Any, accelerator: Any) -> None:
     """Gives a model a second forward pass, for those who name the tokens of answers: what `Tokens` has of each of
-    them, and the row it is of."""
+    them, and where in the batch it is."""
     prepared = hasattr(model, "_original_forward")  # by accelerate, as it has the frozen copy
     theirs = model._original_forward if prepared else model.forward
 
@@ -113,12 +113,13 @@ def _tokens(
     before_ND = hidden.reshape(-1, hidden.shape[-1]).index_select(0, learnt - 1)
     weight_VD = model.get_output_embeddings().weight
     found = log_probabilities(before_ND, weight_VD, input_ids[kept_BT][learnt])
-    return found._asdict() | {"row_N": row_N[learnt]}
+    return found._asdict() | {"row_N": row_N[learnt], "column_N": column_N[learnt]}
 
 
-def _summed(values_N: Tensor, found: dict[str, Tensor], rows: int) -> Tensor:
-    """Of each row: the chosen answers' first, then the rejected ones'."""
-    return values_N.new_zeros(rows).index_add(0, found["row_N"], values_N)
+def _summed(values_N: Tensor, found: dict[str, Tensor], shape: torch.Size) -> Tensor:
+    """Of each row of a batch of that shape, added up in the order in which TRL does."""
+    padded_BT = values_N.new_zeros(shape).index_put((found["row_N"], found["column_N"]), values_N)
+    return padded_BT.sum(1)
 
 
 def _reference(trainer: Any, asked: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -138,14 +139,14 @@ def _compute_loss(self: Any, model: Any, inputs: dict[str, Tensor], return_outpu
     if return_outputs or self.aux_loss_enabled or not _known(self):
         return type(self)._compute_loss(self, model, inputs, return_outputs)
     asked = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
-    rows = len(inputs["input_ids"])
+    shape = inputs["input_ids"].shape
     found = model(**asked)
-    logp_R = _summed(found["logp_N"], found, rows)
+    logp_R = _summed(found["logp_N"], found, shape)
     if "ref_chosen_logps" in inputs:
         reference_R = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
     else:
         frozen = _reference(self, asked)
-        reference_R = _summed(frozen["logp_N"], frozen, rows)
+        reference_R = _summed(frozen["logp_N"], frozen, shape)
     ratio_R = logp_R - reference_R
     gap = _gap(ratio_R)
     loss = torch.zeros((), device=gap.device)
