@@ -12,11 +12,12 @@ from soup.effects.moe import fused_name, stored_expert
 from soup.effects.quantization import QUANTIZED, plain, relative_error, tensors
 
 FORWARDS = {  # of soup's kernels: where their forward passes are
-    "norms": ("soup.kernels.norm", "_RMSNorm.forward"),
-    "gates": ("soup.kernels.gate", "_GatedLinear.forward"),
-    "documents": ("soup.kernels.attention", "lengths"),
-    "loss": ("soup.kernels.loss", "_LinearCrossEntropy.forward"),
-    "adapters": ("soup.kernels.lora", "_LoraLinear.forward"),
+    ("soup.kernels.norm", "_RMSNorm.forward"): "norms",
+    ("soup.kernels.gate", "_GatedLinear.forward"): "gates",
+    ("soup.kernels.attention", "lengths"): "documents",
+    ("soup.kernels.loss", "_LinearCrossEntropy.forward"): "loss",
+    ("soup.kernels.logps", "_LogProbabilities.forward"): "loss",
+    ("soup.kernels.lora", "_LoraLinear.forward"): "adapters",
 }
 WHOLE_BYTES = 2**31  # weights on disk up to which every element is compared, not only some rows
 
@@ -136,12 +137,12 @@ def kernels(built: Any) -> Iterator[Effect]:
 
 
 def calls(built: Any) -> Counter[str]:
-    """How often the trainer's loss of two short rows calls each of soup's kernels, as Python's profiler sees it; where
-    the task's rows are others, a forward pass."""
+    """How often the trainer's loss of two short rows, or of a pair whose reference is given, calls each of soup's
+    kernels, as Python's profiler sees it; where the loss is the library's, a forward pass."""
     import torch
 
     from soup.effects.undisturbed import undisturbed
-    from soup.kernels.fast import trains_rows
+    from soup.kernels.fast import compares_pairs, trains_rows
 
     ran: Counter[str] = Counter()
     if not any(part.count for part in built.kernels):
@@ -150,13 +151,20 @@ def calls(built: Any) -> Counter[str]:
     def watch(frame: Any, event: str, _: Any) -> None:
         if event == "call":
             place = frame.f_globals.get("__name__", ""), frame.f_code.co_qualname
-            ran.update({name for name, function in FORWARDS.items() if function == place})
+            if place in FORWARDS:
+                ran[FORWARDS[place]] += 1
 
     trainer = built.trainer
-    rows = [{"input_ids": ids, "labels": ids} for ids in ([2, 3, 4, 5, 6], [3, 4, 5, 6, 7, 8, 9])]
+    first = [2, 3, 4, 5, 6]
+    rows = [{"input_ids": ids, "labels": ids} for ids in (first, [3, 4, 5, 6, 7, 8, 9])]
+    if compares_pairs(built.config):
+        pair = {"prompt_ids": first, "chosen_ids": [7, 8], "rejected_ids": [9]}
+        rows = [pair | {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}]
+    own_loss = any(part.name == "loss" and part.count for part in built.kernels)
+    whole = trains_rows(built.config) or own_loss
     with undisturbed(built):
-        batch = trainer._prepare_inputs(trainer.data_collator(rows)) if trains_rows(built.config) else None
-        ids_1T = torch.tensor([rows[0]["input_ids"]], device=trainer.args.device)
+        batch = trainer._prepare_inputs(trainer.data_collator(rows)) if whole else None
+        ids_1T = torch.tensor([first], device=trainer.args.device)
         before = sys.getprofile()
         sys.setprofile(watch)
         try:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from soup.kernels import attention, gate, head, lora, norm
+from soup.kernels import attention, gate, head, lora, norm, pairs
 from soup.schema import Config
 
 LAYERS = {
@@ -52,18 +52,21 @@ def put_on(trainer: Any, model: nn.Module, config: Config, implementation: str |
     """
     if (why := _stock(config)) is not None:
         return tuple(Part(name, 0, why) for name in PARTS)
-    return (
-        _try("norms", norm.put_on, model),
-        _try("gates", gate.put_on, model),
-        _try("adapters", lambda: lora.put_on(model, gate.adapters(model))),
-        _try("loss", head.put_on, trainer),
-        _try("documents", lambda: _documents(trainer, config, implementation)),
-    )
+    norms, gates = _try("norms", norm.put_on, model), _try("gates", gate.put_on, model)
+    adapters = _try("adapters", lambda: lora.put_on(model, gate.adapters(model)))
+    loss = _try("loss", pairs.put_on if compares_pairs(config) else head.put_on, trainer)
+    documents = _try("documents", lambda: _documents(trainer, config, implementation, loss))
+    return norms, gates, adapters, loss, documents
 
 
 def trains_rows(config: Config) -> bool:
     """Whether the task's rows are tokens with labels, and not pairs or prompts."""
     return config.task.config == "trl:SFTConfig"
+
+
+def compares_pairs(config: Config) -> bool:
+    """Whether the task is one that `pairs` knows, as far as the configuration says."""
+    return config.task.config == "trl:DPOConfig"
 
 
 def _stock(config: Config) -> str | None:
@@ -86,32 +89,39 @@ def _try(name: str, put: Callable[..., int | str], *given: Any) -> Part:
     return Part(name, 0, found) if isinstance(found, str) else Part(name, found)
 
 
-def _documents(trainer: Any, config: Config, implementation: str | None) -> int | str:
+def _documents(trainer: Any, config: Config, implementation: str | None, loss: Part) -> int | str:
     """Rows one after another without padding, and attention within each document; the number of layers, or why not."""
-    if not trains_rows(config):
+    if compares_pairs(config) and not loss.count:
+        return f"TRL's loss of pairs takes padded rows: {loss.why}"
+    if not trains_rows(config) and not compares_pairs(config):
         return f"task={config.tree['task']['name']} makes its batches itself"
     if implementation != "sdpa":
         return f"attention is {implementation}"
-    model = trainer.model
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if causal.config._attn_implementation != implementation:
-        return f"attention is {causal.config._attn_implementation}"
-    text = causal.config.get_text_config()
+    models = pairs.causal_models(trainer)
+    for model in models:
+        if model.config._attn_implementation != implementation:
+            return f"attention is {model.config._attn_implementation}"
+    text = models[0].config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or LAYERS)
     if kinds - LAYERS or getattr(text, "attention_chunk_size", None):
         return f"{text.model_type} has layers of {', '.join(sorted(kinds))}"
     padded = trainer.data_collator
-    if not padded.padding_free:
+    free = getattr(
+        padded, "padding_free", False
+    )  # a collator of pairs always pads, and `pairs` takes that out
+    if not free:
         if config.training.neftune_alpha > 0:
             return "training.neftune_alpha is drawn for padded rows"
-        if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+        if any(isinstance(m, nn.Dropout) and m.p > 0 for m in trainer.model.modules()):
             return "dropout is drawn for padded rows"
-    before = causal.config._attn_implementation
-    causal.set_attn_implementation(attention.NAME)
-    if (why := _mixed(causal)) is not None:
-        causal.set_attn_implementation(before)
-        return why
-    if not padded.padding_free:
+    for model in models:
+        model.set_attn_implementation(attention.NAME)
+    whys = [why for model in models if (why := _mixed(model)) is not None]
+    if whys:
+        for model in models:
+            model.set_attn_implementation(implementation)
+        return whys[0]
+    if trains_rows(config) and not free:
         trainer.eval_collator = padded  # a mean over batches of rows, as ever
         trainer.data_collator = replace(padded, padding_free=True)
     return text.num_hidden_layers

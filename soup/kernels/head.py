@@ -28,15 +28,9 @@ def put_on(trainer: Any) -> int | str:
     if getattr(trainer.args, "loss_type", None) != "chunked_nll":
         return f"{type(trainer).__name__} computes another loss"
     model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    if (why := obstacle(model)) is not None:
+        return why
     text = model.config.get_text_config()
-    for name in ("final_logit_softcapping", "logit_scale", "output_multiplier"):
-        if getattr(text, name, None) is not None:
-            return f"{text.model_type} changes its logits ({name})"
-    if getattr(text, "output_router_logits", False):
-        return "the model adds its router's balancing loss itself"
-    output = model.get_output_embeddings()
-    if type(output) is not nn.Linear or output.bias is not None:
-        return f"the head is {type(output).__name__}" + (" with a bias" if type(output) is nn.Linear else "")
     theirs = model.forward
 
     def forward(
@@ -64,3 +58,17 @@ def put_on(trainer: Any) -> int | str:
     forward.__signature__ = inspect.signature(theirs)
     model.forward = MethodType(forward, model)
     return 1
+
+
+def obstacle(model: Any) -> str | None:
+    """Why a model's logits are not hidden states times the head's matrix."""
+    text = model.config.get_text_config()
+    for name in ("final_logit_softcapping", "logit_scale", "output_multiplier"):
+        if getattr(text, name, None) is not None:
+            return f"{text.model_type} changes its logits ({name})"
+    if getattr(text, "output_router_logits", False):
+        return "the model adds its router's balancing loss itself"
+    output = model.get_output_embeddings()
+    if type(output) is not nn.Linear or output.bias is not None:
+        return f"the head is {type(output).__name__}" + (" with a bias" if type(output) is nn.Linear else "")
+    return None

@@ -101,6 +101,15 @@ def peak(
                 head * (2 * 4 + products) if config.lora.r is None else head * products * (products != size)
             )
             how_logits += ", with their gradient in their place"
+    elif (
+        task.config == "trl:DPOConfig"
+        and own_kernels(config)
+        and not decoder.experts
+        and not task.precompute_ref
+    ):
+        logits = min(LOGIT_CHUNK, batch_tokens) * decoder.vocab * products
+        logits += decoder.vocab * decoder.hidden * (4 + products if config.lora.r is None else products)
+        how_logits = f"{LOGIT_CHUNK} tokens of answers at a time"
     else:
         logits = batch_tokens * decoder.vocab * 4 * 3
         how_logits = "every token of the batch"

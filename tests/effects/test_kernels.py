@@ -49,7 +49,7 @@ def test_documents_of_a_row_have_a_call_each(build):
 
 def test_copies_take_it_too(build):
     effect = attention(build("task=dpo", "lora=none"))
-    assert effect.ok and effect.how.endswith("ref_model made 2 calls of sdpa")
+    assert effect.ok and effect.how.endswith("ref_model made 2 calls of soup")
 
 
 def test_a_loader_that_drops_the_choice(build, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy as reference_loss
 
 from soup.kernels import attention, gate, lora, norm
+from soup.kernels.logps import log_probabilities
 from soup.kernels.loss import CHUNK, cross_entropy
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -130,3 +131,21 @@ def test_the_last_product_of_a_gated_mlp(bias, adapted, dtype):
         torch.testing.assert_close(
             ours.float(), theirs.float(), **close | {"atol": 1e-5 if dtype is torch.float32 else 2}
         )
+
+
+@pytest.mark.parametrize("trained_head", [True, False])
+@pytest.mark.parametrize("tokens", [0, 5, CHUNK + 19])
+def test_log_probabilities_of_labels(tokens, trained_head):
+    hidden, head = drawn(tokens, 16), drawn(50, 16, seed=1)
+    label = torch.randint(0, 50, (tokens,), generator=torch.Generator().manual_seed(2))
+    inputs = (hidden, head) if trained_head else (hidden,)
+    found = log_probabilities(hidden, head if trained_head else head.detach(), label)
+    logits = hidden @ head.T
+    log = logits.log_softmax(-1)
+    wanted = log.gather(1, label[:, None])[:, 0]
+    torch.testing.assert_close(found.logp_N, wanted, **CLOSE)
+    torch.testing.assert_close(found.entropy_N, -(log.exp() * log).sum(-1), **CLOSE)
+    torch.testing.assert_close(found.level_N, logits.mean(-1), **CLOSE)
+    assert torch.equal(found.right_N, (logits.argmax(-1) == label).float())
+    for ours, theirs in zip(gradients(found.logp_N, *inputs), gradients(wanted, *inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)

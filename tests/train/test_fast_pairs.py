@@ -1,0 +1,65 @@
+"""Pairs on the fast path against TRL's: the same loss, metrics and gradients, for the policy and its reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.effects.test_architectures import FAMILIES, family  # noqa: F401
+
+EXACT = ("model.dtype=float32", "training.batch_size=3")
+JOBS = {
+    "dpo": ("task=dpo",),
+    "dpo, smoothed": ("task=dpo", "task.label_smoothing=0.2"),
+    "dpo, a frozen copy": ("task=dpo", "lora=none"),
+    "dpo, a table": ("task=dpo", "task.precompute_ref=true"),
+    "ipo": ("task=ipo",),
+    "ipo, a frozen copy": ("task=ipo", "lora=none", "training.gradient_checkpointing=true"),
+    "dpo, dropout": ("task=dpo", "lora.dropout=0.1"),
+}
+
+
+def step(built):
+    """Loss of the first training batch, its metrics, and gradients; the adapters are moved off the reference before."""
+    trainer, model = built.trainer, built.model
+    with torch.no_grad():
+        for place, p in enumerate(p for p in model.parameters() if p.requires_grad):
+            p += 0.02 * torch.sin(torch.arange(p.numel(), dtype=p.dtype) + place).view_as(p)
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    model.train()
+    torch.manual_seed(3)
+    loss = trainer.compute_loss(model, batch)
+    loss.backward()
+    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    return loss.item(), metrics, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def same_step(build, *words):
+    built = build(*words, "backend.kernels=auto")
+    kernels = {part.name: part for part in built.kernels}
+    loss, metrics, gradients = step(built)
+    wanted, wanted_metrics, wanted_gradients = step(build(*words, "backend.kernels=stock"))
+    assert loss == pytest.approx(wanted, rel=1e-4)
+    assert list(metrics) == list(wanted_metrics)
+    assert metrics == pytest.approx(wanted_metrics, rel=1e-4, abs=1e-4)
+    for name, gradient in gradients.items():
+        theirs = wanted_gradients[name]
+        torch.testing.assert_close(
+            gradient, theirs, rtol=1e-3, atol=1e-5 * max(1.0, float(theirs.abs().max()))
+        )
+    return kernels
+
+
+@pytest.mark.parametrize("words", JOBS.values(), ids=JOBS)
+def test_a_step_is_that_of_the_stock_path(build, words):
+    kernels = same_step(build, *EXACT, *words)
+    assert kernels["loss"].count == 1
+    assert bool(kernels["documents"].count) == ("lora.dropout=0.1" not in words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_of_other_families(build, family, name):  # noqa: F811
+    kernels = same_step(build, *EXACT, "task=dpo", f"model.base={family(name)}")
+    if name in ("qwen2", "qwen3", "mistral", "phi3", "olmo2", "llama, scaled"):
+        assert kernels["loss"].count and kernels["documents"].count
