@@ -395,16 +395,10 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         key="distributed",
-        when={"distributed": "zero3", "model.moe": True},
-        why="ZeRO-3 gathers a module's weights as its forward begins, and a router and its experts are read elsewhere",
-        fix="distributed=fsdp_full_shard or zero2, or a dense model",
-        source="deepspeed.runtime.zero.parameter_offload",
-    ),
-    Rule(
-        key="distributed",
-        when={"distributed": "zero3", "task": "reward"},
-        why="ZeRO-3 has not gathered a reward model's new head where PEFT and TRL read it",
-        fix="distributed=fsdp_full_shard or zero2",
+        when={"distributed": "zero3", "task": "reward", "lora": Not("none")},
+        why="ZeRO-3 takes trained weights of one dtype, and the new head beside float32 adapters has the model's",
+        fix="distributed=fsdp_full_shard or zero2, or lora=none",
+        source="deepspeed.runtime.zero.utils.defragment",
     ),
     Rule(
         key="training.use_liger",

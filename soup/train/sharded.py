@@ -189,6 +189,12 @@ class Zero(Sharded):
         # A kernel for inference, which DeepSpeed would compile for a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.create_optimizer()
+        # TRL's loss multiplies by the head's weight without calling the head, and again in its backward pass: where
+        # the head is not the embedding, nothing else would gather it.
+        base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        head = base.get_output_embeddings()
+        if isinstance(getattr(head, "weight", None), torch.nn.Parameter):
+            deepspeed.zero.register_external_parameter(base, head.weight)
         self.engine, *_ = deepspeed.initialize(
             model=self.model,
             optimizer=self.optimizer,

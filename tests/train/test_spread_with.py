@@ -16,6 +16,7 @@ TOGETHER = {
     "SimPO": "distributed=zero3 task=simpo",
     "reward": "distributed=fsdp_full_shard task=reward lora=none",
     "reward, ZeRO": "distributed=zero2 task=reward",
+    "reward, ZeRO-3": "distributed=zero3 task=reward lora=none",
     "a table of the reference": "distributed=fsdp_shard_grad task=dpo lora=none task.precompute_ref=true",
     "packing and a curriculum": "distributed=ddp training.packing=true training.curriculum=true",
     "a curriculum by loss": "distributed=zero2 training.curriculum=true training.curriculum_metric=loss",
@@ -48,6 +49,8 @@ EXPERTS = {
     "experts": "distributed=ddp lora.r=4 training.moe_lora=true",
     "experts, FSDP": "distributed=fsdp_full_shard lora=none training.moe_aux_loss_coeff=0.1",
     "experts, ZeRO": "distributed=zero2 lora=none",
+    "experts and a head of its own, ZeRO-3": "distributed=zero3 lora=none",
+    "adapters beside experts, ZeRO-3": "distributed=zero3",
     "experts' adapters, ZeRO": "distributed=zero2 training.moe_lora=true",
 }
 
