@@ -59,7 +59,8 @@ def _off(built: Any, layer: Any, adapter: str) -> tuple[float, bool]:
             if down_RI.shape[1] > WIDEST:
                 return 0.0, built.config.lora.dropout > 0
             added_NO = _dora(layer, adapter, plain_NO, added_NO, dtype)
-        layer.train()
+        layer.training = True  # not its base, which bitsandbytes computes otherwise while it trains
+        layer.lora_dropout.train()
         wet = not torch.equal(layer(x_NI).float(), live_NO)
     off = float((live_NO - plain_NO - added_NO).norm() / added_NO.norm().clamp(min=1e-12))
     return off, wet
