@@ -25,16 +25,8 @@ from soup.effects.sources import brief, held
 from soup.effects.undisturbed import tolerance, undisturbed
 from soup.model.load import prompt_ids
 from soup.model.rope import FOLLOW
-from soup.rewards import _path, load
 
 ROWS = 3
-SAID = (
-    "",
-    "4",
-    "A longer answer. The answer is 4.",
-    '{"answer": 4}',
-    "<think>2 + 2</think><answer>4</answer>",
-)
 ADVANTAGES = torch.tensor([1.0, -0.5])  # of the two answers that GRPO's loss is computed on
 MOVES = (1e-3, 1e-2, 1e-1, 1.0)  # of the parameter: the first that moves a row's log-probability far enough
 MOVED = 2.0  # nats
@@ -210,31 +202,12 @@ def reward_functions(built: Any) -> Iterator[Effect]:
     """The functions that score answers, and their weights."""
     trainer, tree = built.trainer, built.config.tree["task"]
     names = [function.__name__ for function in trainer.reward_funcs]
-    # A user's own may cost money or draw numbers: only soup's are called.
-    words = [word for word in tree["rewards"] if _path(word) is None]
-    live = [function for function in trainer.reward_funcs if function.__name__ in words]
-    again, rows = load(words), held(built)[:ROWS]
-    alike = len(again) == len(live) and all(
-        _scores(one, rows) == _scores(other, rows) for one, other in zip(live, again, strict=True)
-    )
-    asked = list(tree["rewards"])
-    how = "functions that the trainer calls; on a few answers soup's own give what the same, made anew, give"
-    yield Effect("task.rewards", asked, names if alike else "other functions", alike and names == asked, how)
+    yield same("task.rewards", list(tree["rewards"]), names, "functions that the trainer calls")
     weights = trainer.reward_weights.tolist()
     asked = tree["reward_weights"]
     wanted = [1.0] * len(names) if asked is None else [float(weight) for weight in asked]
     ok = len(weights) == len(wanted) and all(abs(a - b) < 1e-6 for a, b in zip(weights, wanted, strict=True))
     yield Effect("task.reward_weights", asked, weights, ok, "weights that the trainer multiplies rewards by")
-
-
-def _scores(function: Any, rows: Mapping[str, Sequence[Any]]) -> list[Any]:
-    """What a reward gives for answers that differ, to the first prompt; an error is an answer as well."""
-    first = {name: [values[0]] * len(SAID) for name, values in rows.items()}
-    prompts = first.pop("prompt")
-    try:
-        return list(map(repr, function(prompts=prompts, completions=list(SAID), **first)))
-    except Exception as error:  # noqa: BLE001, compared with another's
-        return [repr(error)]
 
 
 def compared(built: Any, live: float, formula: Any, signature: Any) -> Iterator[Effect]:

@@ -98,16 +98,6 @@ def colder(built):
     built.trainer.generation_config.temperature = 0.5
 
 
-def reward_of_the_same_name(built):
-    functions = built.trainer.reward_funcs
-
-    def other(completions, **_):
-        return [0.5] * len(completions)
-
-    other.__name__ = functions[0].__name__
-    functions[0] = other
-
-
 SABOTAGED = {
     "dpo: beta": ("task=dpo", changed("beta", 0.13), "task.beta"),
     "dpo: another loss": ("task=dpo", changed("loss_types", ["hinge"]), "task.name"),
@@ -139,7 +129,6 @@ SABOTAGED = {
     "grpo: temperature": ("task=grpo", colder, "task.temperature"),
     "grpo: temperature of the loss": ("task=grpo task.beta=0.1", changed("temperature", 0.5), "task.name"),
     "grpo: generations": ("task=grpo", changed("num_generations", 2), "task.num_generations"),
-    "grpo: another reward of that name": ("task=grpo", reward_of_the_same_name, "task.rewards"),
     "grpo: rewards": ("task=grpo task.rewards=[length,json]", rewards_swapped, "task.rewards"),
 }
 
