@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from soup.effects import Effect, same
+from soup.effects.adapted import outputs
 from soup.effects.optimizer import optimizer
 from soup.model.experts import count, routers
 from soup.rules.moe import EXPERT_NAMES
@@ -36,6 +37,7 @@ def adapter(built: Any) -> Iterator[Effect]:
     how = f"{magnitudes} of {len(layers)} modules have a magnitude vector"
     dora = magnitudes > 0 if magnitudes in (0, len(layers)) else "on some modules"
     yield same("lora.use_dora", spec.use_dora, dora, how)
+    yield from outputs(built, layers, first)
     ratio, how = _rate_ratio(built)
     wanted = spec.loraplus_lr_ratio
     right = math.isclose(ratio, wanted or 1.0)

@@ -13,6 +13,8 @@ from soup.effects import Effect, same
 SIDE = 256  # of the square tensor that is stepped: large enough for bitsandbytes to keep 8-bit state of it
 FP32 = 4  # bytes
 HALF = 0.03  # of Muon, whose iterations are in bfloat16
+LOOKED = 500  # steps in which each one is looked at for another of GaLore's bases
+DECAY = 1e-6  # of float32's rounding beside 1
 TOLERANCE = 0.02  # mean difference over the mean step; 8-bit moments are off by about a hundredth
 
 
@@ -40,13 +42,14 @@ def groups(built: Any) -> Iterator[Effect]:
     should = {id(p): name in decaying for name, p in model.named_parameters()}
     decays: dict[bool, set[float]] = {True: set(), False: {0.0}}
     for group in live.param_groups:
-        for parameter in group["params"]:
-            decays[should.get(id(parameter), True)].add(group["weight_decay"])
+        for kind in {should.get(id(parameter), True) for parameter in group["params"]}:
+            decays[kind].add(_decay(live, group))
     decayed: Any = sorted(decays[True])
-    how = f"weight_decay of the groups: {decayed}, {sorted(decays[False])} for biases and norms"
+    how = f"what steps without a gradient take from weights: {decayed}, {sorted(decays[False])} from biases and norms"
     one = decayed[0] if len(decayed) == 1 else decayed
-    effect = same("optim.weight_decay", optim.weight_decay, one, how)
-    yield Effect(effect.key, effect.requested, one, effect.ok and decays[False] == {0.0}, how)
+    right = decays[False] == {0.0} and all(abs(found - optim.weight_decay) < DECAY for found in decayed)
+    shown = optim.weight_decay if right else one
+    yield Effect("optim.weight_decay", optim.weight_decay, shown, right, how)
 
 
 def adam(built: Any) -> Iterator[Effect]:
@@ -164,6 +167,10 @@ def galore(built: Any) -> Iterator[Effect]:
     right = set(projected) == wanted
     for name, value in (("rank", rank), ("update_proj_gap", gap), ("scale", scale)):
         values = sorted({group.get(name) for group in projected.values()})
+        if (
+            name == "update_proj_gap"
+        ):  # not what groups say of it: when the library's projector takes another basis
+            values = sorted({_projected_for(built, group) for group in projected.values()}, key=str)
         ok = right and values == [value]
         yield Effect(f"optim.galore_{name}", value, values[0] if len(values) == 1 else values, ok, how)
 
@@ -232,16 +239,9 @@ def _steps(
 
     live, spec = optimizer(built), built.config.optim
     device = live.param_groups[0]["params"][0].device
-    twin = object.__new__(type(live))
-    twin.__dict__.update(
-        {name: value for name, value in vars(live).items() if name != "step"}
-    )  # the schedule's
     moved = torch.nn.Parameter(torch.zeros(SIDE, SIDE, device=device))
-    twin.state = defaultdict(dict)
     first = live.param_groups[0] if group is None else group
-    twin.param_groups = [first | {"params": [moved], "lr": 1.0, "weight_decay": 0.0}]
-    if "train_mode" in first:
-        twin.param_groups[0]["train_mode"] = True
+    twin = _twin(live, first | {"params": [moved], "lr": 1.0, "weight_decay": 0.0})
     places = torch.arange(SIDE * SIDE, device=device, dtype=torch.float64).reshape(SIDE, SIDE)
     gradients = [torch.sin(places**2).float(), torch.sin(places**2 + places).float()]
     for gradient in gradients:
@@ -256,6 +256,47 @@ def _steps(
     name = built.config.tree["optim"]["name"]
     how = f"two steps by {type(live).__name__} are {off:.1e} off the formula; its state: {state:.3g} bytes a parameter"
     return Effect("optim.name", name, name if ok else f"another, {type(live).__name__}", ok, how)
+
+
+def _twin(live: Any, group: dict[str, Any]) -> Any:
+    """The live optimizer once more, with no state and this one group, which it trains."""
+    twin = object.__new__(type(live))
+    twin.__dict__.update(
+        {name: value for name, value in vars(live).items() if name != "step"}
+    )  # the schedule's
+    twin.state = defaultdict(dict)
+    twin.param_groups = [group | ({"train_mode": True} if "train_mode" in group else {})]
+    return twin
+
+
+def _decay(live: Any, group: dict[str, Any]) -> float:
+    """What a twin's step takes from ones at a rate of 1 where the gradient is zero: every optimizer's decay."""
+    import torch
+
+    ones = torch.nn.Parameter(torch.ones(SIDE, SIDE, device=group["params"][0].device))
+    ones.grad = torch.zeros_like(ones)
+    type(live).step(_twin(live, group | {"params": [ones], "lr": 1.0}))
+    return round(float((1 - ones.detach().double()).mean()), 7)
+
+
+def _projected_for(built: Any, group: Mapping[str, Any]) -> int | None:
+    """Steps after which the projector that the library makes for a tensor takes another basis; `None`: not in time."""
+    import torch
+
+    live, gap = optimizer(built), group["update_proj_gap"]
+    moved = torch.nn.Parameter(torch.zeros(8, 8, device=group["params"][0].device))
+    moved.grad = torch.ones_like(moved)
+    twin = _twin(live, {**group, "params": [moved], "rank": 1})
+    type(live).step(twin)
+    projector = twin.state[moved]["projector"]
+    for step in sorted({*range(1, min(gap, LOOKED) + 1), gap}):
+        before = projector.ortho_matrix.clone()
+        one = torch.zeros_like(moved)
+        one[:, step % 8] = 1.0
+        projector.project(one, step)
+        if not torch.allclose(projector.ortho_matrix.abs(), before.abs()):
+            return step
+    return None
 
 
 def _held(built: Any, wanted: dict[str, float]) -> Iterator[Effect]:

@@ -27,8 +27,12 @@ def watchdog(built: Any) -> Iterator[Effect]:
         yield Effect("training.loss_watchdog", True, False, False, how)
         return
     at_once = [_stops(live, *bad) == 1 for bad in ((math.nan, 1.0), (1.0, math.inf), (1.0, math.nan))]
+    at_once.append((_stops(live, 0.0, 1.0) == 1) != bool(built.config.task.generates))
     yield same(
-        "training.loss_watchdog", True, all(at_once), "losses and gradients that are not finite stop it"
+        "training.loss_watchdog",
+        True,
+        all(at_once),
+        "losses and gradients that are not finite stop it, and, of given rows, a loss of 0",
     )
     threshold = tree["loss_watchdog_threshold"]
     bad = next((x for x in (threshold * 0.999, threshold * 1.001) if _stops(live, x, 1.0)), None)

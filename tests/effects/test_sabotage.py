@@ -127,6 +127,77 @@ def matrix_with_adamw(built):
     groups[-1]["params"].append(groups[0]["params"].pop())
 
 
+def steps_without_decay(kind):
+    """The optimizer holds the decay that was asked for, and its step leaves it out."""
+
+    def before(monkeypatch):
+        module, _, name = kind.rpartition(".")
+        owner = getattr(__import__(module, fromlist=["x"]), name)
+        real = owner.step
+
+        def step(self, *words, **given):
+            kept = [group["weight_decay"] for group in self.param_groups]
+            for group in self.param_groups:
+                group["weight_decay"] = 0.0
+            try:
+                return real(self, *words, **given)
+            finally:
+                for group, decay in zip(self.param_groups, kept, strict=True):
+                    group["weight_decay"] = decay
+
+        monkeypatch.setattr(owner, "step", step)
+
+    return before
+
+
+def another_gap(monkeypatch):
+    from galore_torch import adamw
+
+    real = adamw.GaLoreProjector
+    monkeypatch.setattr(
+        adamw, "GaLoreProjector", lambda rank, **given: real(rank, **given | {"update_proj_gap": 200})
+    )
+
+
+def another_galore_scale(monkeypatch):
+    from galore_torch import adamw
+
+    real = adamw.GaLoreProjector
+    monkeypatch.setattr(adamw, "GaLoreProjector", lambda rank, **given: real(rank, **given | {"scale": 1.0}))
+
+
+def adapter_forward(change):
+    """PEFT's layers hold the right numbers, and compute with others."""
+
+    def before(monkeypatch):
+        from peft.tuners.lora.layer import Linear
+
+        real = Linear.forward
+        monkeypatch.setattr(Linear, "forward", lambda self, x, *_, **__: change(real, self, x))
+
+    return before
+
+
+def base_alone(_real, layer, x):
+    return layer.base_layer(x)
+
+
+def unscaled(real, layer, x):
+    return layer.base_layer(x) + (real(layer, x) - layer.base_layer(x)) / 2
+
+
+def never_drops(real, layer, x):
+    for module in layer.lora_dropout.values():
+        module.eval()
+    return real(layer, x)
+
+
+def direction_alone(_real, layer, x):
+    return (
+        layer.base_layer(x) + layer.lora_B["default"](layer.lora_A["default"](x)) * layer.scaling["default"]
+    )
+
+
 def rates_at_ten_times(monkeypatch):
     from soup.train import trainer
 
@@ -473,6 +544,50 @@ BEFORE = {
     # optimizer
     "lr": ("optim.lr=1e-3", dropped("learning_rate"), "optim.lr"),
     "weight decay": ("optim.weight_decay=0.1", dropped("weight_decay"), "optim.weight_decay"),
+    "AdamW steps without decay": (
+        "optim.weight_decay=0.1",
+        steps_without_decay("torch.optim.AdamW"),
+        "optim.weight_decay",
+    ),
+    "Muon steps without decay": (
+        "optim=muon optim.weight_decay=0.1",
+        steps_without_decay("torch.optim.Muon"),
+        "optim.weight_decay",
+    ),
+    "Adafactor steps without decay": (
+        "optim=adafactor optim.weight_decay=0.1",
+        steps_without_decay("transformers.optimization.Adafactor"),
+        "optim.weight_decay",
+    ),
+    "schedule-free steps without decay": (
+        "optim=schedule_free optim.weight_decay=0.1",
+        steps_without_decay("schedulefree.AdamWScheduleFree"),
+        "optim.weight_decay",
+    ),
+    "Lion steps without decay": (
+        "optim=lion optim.weight_decay=0.1",
+        steps_without_decay("bitsandbytes.optim.Lion"),
+        "optim.weight_decay",
+    ),
+    "8-bit AdamW steps without decay": (
+        "optim=adamw_8bit optim.weight_decay=0.1",
+        steps_without_decay("bitsandbytes.optim.AdamW"),
+        "optim.weight_decay",
+    ),
+    "GaLore's projector keeps its basis": (
+        f"{GALORE} optim.galore_update_proj_gap=5",
+        another_gap,
+        "optim.galore_update_proj_gap",
+    ),
+    "GaLore's projector scales otherwise": (GALORE, another_galore_scale, "optim.name"),
+    "adapters that compute nothing": ("backend.kernels=stock", adapter_forward(base_alone), "lora.alpha"),
+    "adapters at half their scale": (
+        "lora=rslora backend.kernels=stock",
+        adapter_forward(unscaled),
+        "lora.alpha",
+    ),
+    "dropout that never drops": ("lora.dropout=0.1", adapter_forward(never_drops), "lora.dropout"),
+    "DoRA without its magnitude": ("lora=dora", adapter_forward(direction_alone), "lora.use_dora"),
     "beta1": ("optim.beta1=0.8", dropped("adam_beta1"), "optim.beta1"),
     "beta2": ("optim.beta2=0.95", dropped("adam_beta2"), "optim.beta2"),
     "eps": ("optim.eps=1e-6", dropped("adam_epsilon"), "optim.eps"),
