@@ -329,6 +329,12 @@ RULES: tuple[Rule, ...] = (
         fix="distributed=ddp, or distributed.nodes=1",
     ),
     Rule(
+        key="distributed.nodes",
+        when={"launch": Not("slurm"), "distributed.nodes": Above(1)},
+        why="only SLURM starts a run on several machines at once",
+        fix="launch=slurm, or distributed.nodes=1",
+    ),
+    Rule(
         key="distributed.processes",
         when={"distributed": Not("none"), "distributed.world": 1},
         why="one process has nobody to share with",
@@ -772,6 +778,4 @@ RULES: tuple[Rule, ...] = (
         why="PPO learns from a reward model",
         fix="task.reward_model=FOLDER, as `python -m soup task=reward` trains one from preference pairs",
     ),
-    # Composes and plans; the training part is not built yet
-    _pending("distributed.nodes", Above(1)),
 )

@@ -1,0 +1,99 @@
+"""launch=slurm over two nodes: the run of one node, whatever becomes of the other."""
+
+import json
+import os
+import signal
+
+import psutil
+import pytest
+
+from tests.slow.test_slurm import LONG, Soup, last_step
+
+pytestmark = pytest.mark.slow
+
+SPREAD = ("distributed=ddp", "training.max_steps=30", "distributed.timeout_s=120", "training.batch_size=2")
+TWO = ("distributed.processes=1", "distributed.nodes=2")
+ONE = ("distributed.processes=2", "distributed.nodes=1")
+
+
+@pytest.fixture(scope="module")
+def soup(cluster, tiny_model, tmp_path_factory):
+    return Soup(tmp_path_factory.mktemp("nodes"), cluster, tiny_model)
+
+
+@pytest.fixture(scope="module")
+def submitted(soup):
+    """Jobs of one run over two nodes, of the same on one node, and of the same whose second process is killed."""
+    words = (*LONG, *SPREAD, f"task.rewards=[{soup.checkout}/reward.py:patient]")
+    soup("two", *words, *TWO)
+    soup("one", *words, *ONE)
+    soup("killed", *words, *TWO)
+    return {root: soup.runs(root)[0] for root in ("two", "one", "killed")}
+
+
+def processes(run):
+    """What runs of a run's job: the processes that name its folder, and their children."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if str(run.folder) in process.cmdline():
+                found += [process, *process.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def kill_node(cluster, job, name):
+    """Its power fails: what runs there is gone, and SLURM finds out."""
+    cluster.kill_node(name)
+    number = cluster.run("squeue", "-h", "-r", "-j", job, "-o", "%A")
+    for process in psutil.process_iter():
+        try:
+            environment = process.environ()
+            if environment.get("SLURMD_NODENAME") == name and environment.get("SLURM_JOB_ID") == number:
+                parent = process.parent()
+                if parent is not None and parent.name().startswith("slurmstepd"):
+                    parent.kill()
+                process.kill()
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    cluster.run("scontrol", "update", f"nodename={name}", "state=down", "reason=power")
+
+
+def test_a_killed_process_of_the_other_node(submitted, soup):
+    run = submitted["killed"]
+    job = soup.job("killed", run)
+    soup.reached(run, 2)
+    (second,) = [
+        one for one in processes(run) if "soup.train.rank" in one.cmdline() and one.environ()["RANK"] == "1"
+    ]
+    assert second.environ()["SLURMD_NODENAME"] != os.environ.get("SLURMD_NODENAME")
+    os.kill(second.pid, signal.SIGKILL)
+    assert soup.ended(job) == "FAILED"
+    assert (run.state(), run.result()["error"]) == ("failed", "process 2 of 2 died of SIGKILL")
+    soup.until(lambda: not processes(run), "the end of all processes")
+
+
+def test_two_nodes_train_the_run_of_one_when_one_fails(submitted, soup, cluster, unequal):
+    run, one = submitted["two"], submitted["one"]
+    assert run.id == one.id
+    job = soup.job("two", run)
+    soup.reached(run, 12)
+    kill_node(cluster, job, "n2")
+    cluster.start_node("n2")
+    soup.until(lambda: soup.in_queue(job) == "PENDING", "requeued")
+    assert last_step(run) < 30
+    cluster.run("scontrol", "update", "nodename=n2", "state=resume")
+    soup.restart(job)
+    assert soup.ended(job) == "COMPLETED"
+    assert cluster.states(all_lives=True)[job] == ["NODE_FAIL", "COMPLETED"]
+    (requeue,) = json.loads((run.folder / "requeues.json").read_text())
+    assert requeue["from"] == "checkpoint-10"
+    effects = json.loads(run.effective.read_text())
+    assert (effects["distributed.nodes"]["effective"], effects["distributed.processes"]["effective"]) == (
+        2,
+        1,
+    )
+
+    assert soup.ended(soup.job("one", one)) == "COMPLETED"
+    assert unequal(one, run) == []
