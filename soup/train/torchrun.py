@@ -79,7 +79,9 @@ def lead(
                 told = _told(notes, node, spread, died)
                 died |= {rank: status for one in told.values() for rank, status in one.items()}
                 silent = sorted({*range(1, spread.nodes)} - told.keys())
-                if silent and leader.asked is None and all(one["lost"] for one in _read(notes).values()):
+                found = _read(notes)
+                missed = all(rank in found and found[rank]["lost"] for rank in died)
+                if silent and missed and leader.asked is None:
                     text = f"node {silent[0] + 1} of {spread.nodes} is gone: it does not say how it ended"
                     return Cause("interrupted", text, LOST)
         if died is None:
@@ -169,7 +171,7 @@ def _told(
 ) -> dict[int, dict[int, int]]:
     """Tells the other machines that the run failed here, and waits for what they tell: `nodes.others`."""
     nodes.failed(notes, node, died)
-    end = time.monotonic() + 2 * GRACE_S
+    end = time.monotonic() + 3 * GRACE_S  # they may need one to end theirs
     while len(found := nodes.others(notes, node)) < spread.nodes - 1 and time.monotonic() < end:
         time.sleep(LOOK_S)
     return found
