@@ -11,7 +11,7 @@ from tests.slow.test_slurm import LONG, Soup, last_step
 
 pytestmark = pytest.mark.slow
 
-SPREAD = ("distributed=ddp", "training.max_steps=30", "distributed.timeout_s=120", "training.batch_size=2")
+SPREAD = ("distributed=ddp", "training.max_steps=30", "distributed.timeout_s=300", "training.batch_size=2")
 TWO = ("distributed.processes=1", "distributed.nodes=2")
 ONE = ("distributed.processes=2", "distributed.nodes=1")
 
@@ -22,13 +22,15 @@ def soup(cluster, tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def submitted(soup):
-    """Jobs of one run over two nodes, of the same on one node, and of the same whose second process is killed."""
-    words = (*LONG, *SPREAD, f"task.rewards=[{soup.checkout}/reward.py:patient]")
-    soup("two", *words, *TWO)
-    soup("one", *words, *ONE)
-    soup("killed", *words, *TWO)
-    return {root: soup.runs(root)[0] for root in ("two", "one", "killed")}
+def submit(soup):
+    """Submits the same run, spread as given, below a folder of its own."""
+
+    def submitted(root, *spread):
+        soup(root, *LONG, *SPREAD, f"task.rewards=[{soup.checkout}/reward.py:patient]", *spread)
+        (run,) = soup.runs(root)
+        return run, soup.job(root, run)
+
+    return submitted
 
 
 def processes(run):
@@ -60,24 +62,22 @@ def kill_node(cluster, job, name):
     cluster.run("scontrol", "update", f"nodename={name}", "state=down", "reason=power")
 
 
-def test_a_killed_process_of_the_other_node(submitted, soup):
-    run = submitted["killed"]
-    job = soup.job("killed", run)
+def test_a_killed_process_of_the_other_node(submit, soup):
+    run, job = submit("killed", *TWO)
     soup.reached(run, 2)
     (second,) = [
         one for one in processes(run) if "soup.train.rank" in one.cmdline() and one.environ()["RANK"] == "1"
     ]
-    assert second.environ()["SLURMD_NODENAME"] != os.environ.get("SLURMD_NODENAME")
+    assert second.environ()["SLURMD_NODENAME"] == "n2"
     os.kill(second.pid, signal.SIGKILL)
     assert soup.ended(job) == "FAILED"
     assert (run.state(), run.result()["error"]) == ("failed", "process 2 of 2 died of SIGKILL")
     soup.until(lambda: not processes(run), "the end of all processes")
 
 
-def test_two_nodes_train_the_run_of_one_when_one_fails(submitted, soup, cluster, unequal):
-    run, one = submitted["two"], submitted["one"]
+def test_two_nodes_train_the_run_of_one_when_one_fails(submit, soup, cluster, unequal):
+    (run, job), (one, other) = submit("two", *TWO), submit("one", *ONE)
     assert run.id == one.id
-    job = soup.job("two", run)
     soup.reached(run, 12)
     kill_node(cluster, job, "n2")
     cluster.start_node("n2")
@@ -95,5 +95,5 @@ def test_two_nodes_train_the_run_of_one_when_one_fails(submitted, soup, cluster,
         1,
     )
 
-    assert soup.ended(soup.job("one", one)) == "COMPLETED"
+    assert soup.ended(other) == "COMPLETED"
     assert unequal(one, run) == []
