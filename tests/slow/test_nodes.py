@@ -83,7 +83,8 @@ def test_two_nodes_train_the_run_of_one_when_one_fails(submit, soup, cluster, un
     cluster.start_node("n2")
     soup.until(lambda: soup.in_queue(job) == "PENDING", "requeued")
     assert last_step(run) < 30
-    cluster.run("scontrol", "update", "nodename=n2", "state=resume")
+    back = ("sinfo", "-h", "-n", "n2", "-p", "low", "-o", "%T")
+    soup.until(lambda: cluster.run(*back) in ("idle", "mixed"), "n2 is back")
     soup.restart(job)
     assert soup.ended(job) == "COMPLETED"
     assert cluster.states(all_lives=True)[job] == ["NODE_FAIL", "COMPLETED"]
