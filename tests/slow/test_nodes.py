@@ -35,11 +35,11 @@ def submit(soup):
 
 def processes(run):
     """What runs of a run's job: the processes that name its folder, and their children."""
-    found = []
+    found = set()
     for process in psutil.process_iter():
         try:
             if str(run.folder) in process.cmdline():
-                found += [process, *process.children(recursive=True)]
+                found |= {process, *process.children(recursive=True)}
         except psutil.NoSuchProcess:
             continue
     return found
