@@ -24,6 +24,8 @@ from submitit.helpers import Checkpointable
 from soup import pruning
 from soup.cli.process import variables
 from soup.record import DONE, Run, environment, now, read_json, write_json
+from soup.train.nodes import Node
+from soup.train.stopper import LOST
 
 POLL_S = 0.1
 SPARE_S = 10  # before the time limit: a run that has not stopped by then is requeued as it is
@@ -44,6 +46,9 @@ class Train(Checkpointable):
             SystemExit: for any other; the job is FAILED, unless SLURM ended it.
         """
         run = Run(Path(self.folder))
+        node = _node(self._restarts())
+        if node is not None and node.rank > 0:
+            return self._follow(run, node)
         # submitit's own answer to SIGUSR2 (checkpoint, requeue, exit) is given below, once the run has stopped.
         requeue = signal.signal(signal.SIGUSR2, self._ask)
         signal.signal(signal.SIGTERM, self._ask)
@@ -52,7 +57,7 @@ class Train(Checkpointable):
         if run.state() not in _good(run):
             if self._restarts() > self.requeues:
                 self._give_up(run)
-            status = self._train(run, requeue)
+            status = self._train(run, node, requeue)
             self._after(run, status, requeue)
         return run.state()
 
@@ -68,19 +73,28 @@ class Train(Checkpointable):
             Train(self.folder, threads=self.threads, requeues=self.requeues, grace_s=self.grace_s)
         )
 
+    def _follow(self, run: Run, node: Node) -> str:
+        """The part of a further machine of a run. How the run ended, and whether to requeue, is the first one's."""
+        signal.signal(signal.SIGUSR2, self._ask)
+        signal.signal(signal.SIGTERM, self._ask)
+        if run.state() not in _good(run):
+            print(f"the processes of node {node.rank} ended with {self._train(run, node, None)}", flush=True)
+        return "followed"
+
     def _ask(self, number: int, _frame: FrameType | None) -> None:
         self._asked.append(number)
 
-    def _train(self, run: Run, requeue: Any) -> int:
+    def _train(self, run: Run, node: Node | None, requeue: Any) -> int:
         """Runs the training process to its end; returns its exit status, negative for a signal."""
-        if not run.environment.is_file():
+        if not run.environment.is_file() and requeue is not None:
             write_json(run.environment, environment() | {"threads": self.threads})
+        threads = (read_json(run.environment) or {"threads": self.threads})["threads"]
         # Blocked in the child and in what it starts (trackers), whom the signal would kill.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
         with run.console.open("ab") as console:
             process = subprocess.Popen(
                 [sys.executable, "-m", "soup.train", self.folder],
-                env=os.environ | variables(read_json(run.environment)["threads"]),
+                env=os.environ | variables(threads) | (node.variables() if node else {}),
                 stdout=console,
                 stderr=console,
             )
@@ -90,7 +104,7 @@ class Train(Checkpointable):
             if len(self._asked) > sent:
                 sent = len(self._asked)
                 process.send_signal(signal.SIGTERM)
-                if end is None and signal.SIGUSR2 in self._asked:
+                if end is None and signal.SIGUSR2 in self._asked and requeue is not None:
                     end = time.monotonic() + max(0, self.grace_s - SPARE_S)
             if end is not None and time.monotonic() > end:
                 print("the next step did not come in time: requeued without saving", flush=True)
@@ -103,13 +117,15 @@ class Train(Checkpointable):
         state = run.state()
         if state in _good(run):
             return
-        if self._asked and state != "diverged":
+        if (self._asked and state != "diverged") or status == LOST:
             # A grace period after a preemption leaves the job RUNNING, and it would not be requeued if it ended
             # by itself. What is cancelled or requeued already is no longer RUNNING, and must not be requeued.
             known = _state_of_job()
             if known == "RUNNING" or (known is None and signal.SIGUSR2 in self._asked):
                 requeue(signal.SIGUSR2, None)
-            _end(f"stopped by {signal.Signals(self._asked[-1]).name}")
+            if self._asked:
+                _end(f"stopped by {signal.Signals(self._asked[-1]).name}")
+            _end((run.result() or {}).get("error", "another machine is gone"))
         result = run.result() or {}
         error = str(result.get("error") or f"the training process ended with {status}")
         if state not in ("failed", "diverged"):
@@ -142,6 +158,15 @@ class Train(Checkpointable):
     @staticmethod
     def _restarts() -> int:
         return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def _node(restarts: int) -> Node | None:
+    """Which of the run's machines this is, where it has several: each has one task of the job."""
+    if int(os.environ["SLURM_NTASKS"]) == 1:
+        return None
+    # srun is called on the first machine, and the others' way to it is this address.
+    head, life = os.environ["SLURM_LAUNCH_NODE_IPADDR"], f"{os.environ['SLURM_JOB_ID']}.{restarts}"
+    return Node(int(os.environ["SLURM_PROCID"]), head, life)
 
 
 def _good(run: Run) -> tuple[str, ...]:

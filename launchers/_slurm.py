@@ -28,6 +28,7 @@ from soup.sweep import Sweep, SweepPoint
 
 ARRAY = 1000  # jobs of one array: SLURM's default MaxArraySize is 1001
 POLL_S = (1.0, 10.0)  # between two looks at the queue: at first, and at most
+REST_S = 60  # that the tasks of a job have once the first of them is gone
 LOCK = ".slurm.lock"
 
 Say = Callable[[str], None]
@@ -35,12 +36,14 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Wanted:
-    """A run, the resources that its job asks for, the kind of device that it was checked for, and its processes."""
+    """A run, the resources that its job asks for, the kind of device that it was checked for, and its processes on each
+    of `nodes`."""
 
     run: Run
     launch: LaunchSpec
     device: str
     processes: int = 1
+    nodes: int = 1
 
     @property
     def resources(self) -> Mapping[str, Any]:
@@ -215,15 +218,17 @@ class Array(SlurmExecutor):
 def _wanted(sweep: Sweep, point: SweepPoint) -> Wanted:
     settings = {key: value for key, value in sweep.settings(point).items() if key != "name"}
     run = sweep.run(point)
-    processes = run.tree()["distributed"]["processes"]
-    return Wanted(run, choices.slurm(**settings), resolve(settings["device"]).kind, processes)
+    spread = run.tree()["distributed"]
+    kind = resolve(settings["device"]).kind
+    return Wanted(run, choices.slurm(**settings), kind, spread["processes"], spread["nodes"])
 
 
 def _alike(points: Sequence[Wanted]) -> list[list[Wanted]]:
     """The points by what they ask of SLURM: the jobs of one array ask for the same."""
     groups: dict[str, list[Wanted]] = {}
     for one in points:
-        groups.setdefault(repr((sorted(one.resources.items()), one.device, one.processes)), []).append(one)
+        asked = (sorted(one.resources.items()), one.device, one.processes, one.nodes)
+        groups.setdefault(repr(asked), []).append(one)
     return list(groups.values())
 
 
@@ -240,20 +245,23 @@ def _new(sweep: Sweep, dry: bool) -> Submission:
 def _parameters(
     submission: Submission, wanted: Mapping[str, Any], like: Wanted, code: Path
 ) -> dict[str, Any]:
-    """What submitit writes into the script. A run of several processes is one task, which starts them."""
+    """What submitit writes into the script: one task on each node, which starts the run's processes there."""
     gpus = wanted["gpus"] if wanted["gpus"] != "auto" else like.processes * (like.device == "cuda")
     given = {key: wanted[key] for key in ("partition", "account", "qos") if wanted[key] is not None}
     if wanted["mem_gb"] is not None:
         given["mem"] = f"{wanted['mem_gb']}GB"
     if gpus:
         given["gpus_per_node"] = gpus
+    # srun does not take over the cores since SLURM 22.05. Of several tasks the first ends when the run has.
+    srun = [f"--cpus-per-task={wanted['cpus']}"]
+    srun += ["--kill-on-bad-exit=1", f"--wait={REST_S}"] if like.nodes > 1 else []
     return given | {
         "job_name": submission.name,
         "time": wanted["time"],
-        "nodes": 1,
+        "nodes": like.nodes,
         "ntasks_per_node": 1,
         "cpus_per_task": wanted["cpus"],
-        "srun_args": [f"--cpus-per-task={wanted['cpus']}"],  # srun does not take it over since SLURM 22.05
+        "srun_args": srun,
         "signal_delay_s": wanted["grace_s"],
         "array_parallelism": wanted["array_parallelism"],
         "setup": [*wanted["setup"], *_environment(submission.folder, code, gpus)],

@@ -183,6 +183,7 @@ REFUSED = {
     "frozen twice": (("training.freeze_layers=1", "training.freeze_ratio=0.5"), "training.freeze_ratio"),
     "held out twice": (("data.eval=x.jsonl", "data.eval_fraction=0.1"), "data.eval_fraction"),
     "processes of one": (("distributed.processes=2",), "distributed.processes"),
+    "nodes without SLURM": (("distributed=ddp", "distributed.nodes=2"), "distributed.nodes"),
     "a ring of one": (("longctx.use_ring_attention=true",), "longctx.use_ring_attention"),
     "a GPU for a job on the CPU": (("launch=slurm", "launch.device=cpu", "launch.gpus=1"), "launch.gpus"),
     "two GPUs for one process": (("launch=slurm", "launch.gpus=2"), "launch.gpus"),

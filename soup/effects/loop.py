@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -259,12 +260,15 @@ def _forwards(built: Any) -> list[int]:
 
 
 def processes(built: Any) -> Iterator[Effect]:
-    """Processes that accelerate sees."""
+    """Processes that accelerate sees, and which of them one agent of torchrun started: that is a node's."""
+    from soup.train import ranks
+
     distributed = built.config.distributed
+    agents = ranks.gather(os.environ.get("GROUP_RANK", "0"))
     world = built.trainer.accelerator.num_processes
-    how = "processes that accelerate sees"
-    yield same("distributed.processes", distributed.processes, world // distributed.nodes, how)
-    yield same("distributed.nodes", distributed.nodes, world // distributed.processes, how)
+    each = max(map(agents.count, agents)) if len(agents) == world else world
+    yield same("distributed.processes", distributed.processes, each, "that accelerate sees, of one agent")
+    yield same("distributed.nodes", distributed.nodes, len(set(agents)), "agents of all processes")
 
 
 def device(built: Any) -> Iterator[Effect]:

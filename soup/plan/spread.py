@@ -77,7 +77,10 @@ def devices(
 
     def needed(checkpointing: bool, **allowed: bool) -> Spread:
         training = replace(config.training, gradient_checkpointing=checkpointing)
-        whole, _ = peak(replace(alone, training=training), decoder, device, row, dtype, *sizes)
+        several = replace(alone.backend, kernels="stock") if any(allowed.values()) else alone.backend
+        whole, _ = peak(
+            replace(alone, training=training, backend=several), decoder, device, row, dtype, *sizes
+        )
         tokens = training.batch_size * (row + config.task.generates)
         whole[ROUND] = ring_bytes(decoder, tokens, 2 if device.bf16 and dtype != "float32" else 4)
         return spread(whole, capacity, **allowed)

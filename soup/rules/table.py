@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from soup.rules.rule import Above, Not, OneOf, Rule, word
@@ -14,17 +13,6 @@ GALORE = "arXiv:2403.03507"
 MUON = "arXiv:2502.16982"
 RING = "longctx.use_ring_attention"
 UNSLOTH_CPU = "unsloth_zoo.cpu"
-
-
-def _pending(key: str, condition: Any, beside: Mapping[str, Any] | None = None) -> Rule:
-    return Rule(
-        key=key,
-        when={key: condition} | dict(beside or {}),
-        why="is not available yet"
-        + "".join(f" with {name}={word(value)}" for name, value in (beside or {}).items()),
-        fix="another choice; `soup plan` works with this one",
-        pending=True,
-    )
 
 
 def _idle(switch: str, off: Any, key: str, default: Any) -> Rule:
@@ -327,6 +315,12 @@ RULES: tuple[Rule, ...] = (
         when={"distributed": "none", "distributed.nodes": Above(1)},
         why="distributed=none is one process on one node",
         fix="distributed=ddp, or distributed.nodes=1",
+    ),
+    Rule(
+        key="distributed.nodes",
+        when={"launch": Not("slurm"), "distributed.nodes": Above(1)},
+        why="only SLURM starts a run on several machines at once",
+        fix="launch=slurm, or distributed.nodes=1",
     ),
     Rule(
         key="distributed.processes",
@@ -766,6 +760,4 @@ RULES: tuple[Rule, ...] = (
         why="PPO learns from a reward model",
         fix="task.reward_model=FOLDER, as `python -m soup task=reward` trains one from preference pairs",
     ),
-    # Composes and plans; the training part is not built yet
-    _pending("distributed.nodes", Above(1)),
 )

@@ -25,7 +25,7 @@ from soup.errors import RecordError, Refused
 from soup.model import unsloth
 from soup.record import Run
 from soup.schema import Config, check
-from soup.train import spared
+from soup.train import nodes, spared
 from soup.train.stopper import BUSY, INTERRUPTED, Stopper
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -53,6 +53,11 @@ def main(words: list[str], *, parent: int | None = None) -> int:
     die_with_parent()
     if parent is not None and os.getppid() != parent:
         return INTERRUPTED  # it died before it could be watched
+    if (node := nodes.here()) is not None and node.rank > 0:
+        from soup.train import torchrun
+
+        library_output_to(run.folder / f"log.node-{node.rank}.txt")
+        return torchrun.follow(run, ["--prove"] if prove_only else [], node, stopper)
     console_fd = library_output_to(run.folder / "log.txt")
 
     from filelock import FileLock
@@ -86,6 +91,7 @@ def _lead(
     run: Run, config: Config, console: Any, console_fd: int, lock: Any, stopper: Stopper, prove_only: bool
 ) -> int:
     """Has several processes train or prove the run; returns the exit status."""
+    nodes.needed(config.distributed)
     from soup.train import torchrun
 
     run.result_file.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from types import FrameType
 
 # Exit statuses of a training process that ended neither well nor badly.
 INTERRUPTED = 130  # asked to stop; goes on from its checkpoint
+LOST = 69  # EX_UNAVAILABLE: another machine of the run is gone; goes on from its checkpoint
 BUSY = 75  # EX_TEMPFAIL of sysexits.h: another process has the run
 
 

@@ -3,6 +3,8 @@
 The run's own process becomes the agent. It holds the run's lock and passes on the wish to stop; rank 0 logs, tracks
 and writes. The lock is every rank's standard input, and the terminal its standard output: so the lock is held until
 the last of them is gone, whoever dies first.
+
+On each further machine (`soup.train.nodes`) a process follows this one: an agent for the ranks there, without the lock.
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soup.errors import RecordError, Refused
+from soup.errors import Problem, RecordError, Refused
 from soup.record import Run, read_json, write_json
-from soup.schema import Config
-from soup.train.stopper import INTERRUPTED, Stopper
+from soup.schema import Config, check
+from soup.specs import DistributedSpec
+from soup.train import nodes
+from soup.train.stopper import INTERRUPTED, LOST, Stopper
 
 LOOK_S = 0.1  # between looks at the ranks
 GRACE_S = 10  # that the other ranks have where one failed, before they are killed
@@ -57,46 +61,120 @@ def lead(
     run: Run, config: Config, words: Sequence[str], console_fd: int, lock_fd: int, stopper: Stopper
 ) -> Cause | None:
     """Starts the ranks and waits for their end; `None` where they say themselves how it ended."""
+    spread, node = config.distributed, nodes.here()
+    notes = _notes(run)
+    shutil.rmtree(notes, ignore_errors=True)
+    notes.mkdir()
+    os.dup2(lock_fd, 0)
+    os.dup2(console_fd, 1)
+    leader = _leader(stopper)
+    try:
+        if node is None:
+            died = _start(run, spread, words, leader)
+        else:
+            store, endpoint = nodes.listen(notes, node)
+            died = _start(run, spread, words, leader, node, endpoint)
+            del store
+            if died is not None:
+                told = _told(notes, node, spread, died)
+                died |= {rank: status for one in told.values() for rank, status in one.items()}
+                silent = sorted({*range(1, spread.nodes)} - told.keys())
+                found = _read(notes)
+                missed = all(rank in found and found[rank]["lost"] for rank in died)
+                if silent and missed and leader.asked is None:
+                    text = f"node {silent[0] + 1} of {spread.nodes} is gone: it does not say how it ended"
+                    return Cause("interrupted", text, LOST)
+        if died is None:
+            return None
+        return _cause(died, _read(notes), leader.asked, spread.world, spread.timeout_s)
+    finally:
+        shutil.rmtree(notes, ignore_errors=True)
+
+
+def follow(run: Run, words: Sequence[str], node: nodes.Node, stopper: Stopper) -> int:
+    """Has the run's processes on a further machine train; how they ended, the first one tells. Returns an exit status:
+    0, also where the run failed."""
+    notes, leader = _notes(run), _leader(stopper)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    os.dup2(0, 1)
+    endpoint = nodes.endpoint(notes, node, lambda: leader.asked is not None)
+    if endpoint is not None:
+        died = _start(run, check(run.tree()).distributed, words, leader, node, endpoint)
+        if died is not None:
+            nodes.failed(notes, node, died)
+        nodes.until_over(notes, node)
+    return 0
+
+
+def _leader(stopper: Stopper) -> Leader:
+    leader = Leader()
+    leader.asked = stopper.asked
+    leader.install()
+    return leader
+
+
+def _start(
+    run: Run,
+    spread: DistributedSpec,
+    words: Sequence[str],
+    leader: Leader,
+    node: nodes.Node | None = None,
+    endpoint: str = "localhost:0",  # a free port
+) -> dict[int, int] | None:
+    """Has the agent start this machine's ranks, and waits for their end; returns the exit status of those that ended
+    badly by themselves, or `None` where all ended well."""
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    spread = config.distributed
-    notes = _notes(run)
-    shutil.rmtree(notes, ignore_errors=True)
-    notes.mkdir()
     for name in THREADS:
         os.environ[name] = str(max(1, int(os.environ.get(name, "1")) // spread.processes))
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever the host's name resolves to
-    os.dup2(lock_fd, 0)
-    os.dup2(console_fd, 1)
-    leader = Leader()
-    leader.asked = stopper.asked
-    leader.install()
+    # Whatever the host's name resolves to.
+    if (name := "lo" if node is None else nodes.interface(node)) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     settings = LaunchConfig(
         min_nodes=spread.nodes,
         max_nodes=spread.nodes,
         nproc_per_node=spread.processes,
         run_id=run.id,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # a free port
-        local_addr="localhost",
+        rdzv_backend="c10d" if node is None else "static",  # static: ranks are in the order of the machines
+        rdzv_endpoint=endpoint,
+        rdzv_configs={} if node is None else {"rank": node.rank, "timeout": spread.timeout_s},
+        local_addr="localhost" if node is None else node.address,
         max_restarts=0,  # soup's checkpoints resume a run, in new processes
         monitor_interval=LOOK_S,
         signals_to_handle="SIGQUIT",  # the others are the leader's
         shutdown_timeout=GRACE_S,
-        logs_specs=DefaultLogsSpecs(log_dir=str(notes)),
+        logs_specs=DefaultLogsSpecs(log_dir=str(_notes(run))),
     )
     start = ["-m", "soup.train.rank", f"--agent={os.getpid()}", *words, str(run.folder)]
+    lost = None if node is None else lambda: bool(nodes.others(_notes(run), node))
+    killed: set[int] = set()
     try:
-        with _passing_on(leader):
+        with _passing_on(leader, lost, killed):
             elastic_launch(settings, sys.executable)(*start)
     except ChildFailedError as failed:
-        died = {rank: one.exitcode for rank, one in failed.failures.items()}
-        return _cause(died, _read(notes), leader.asked, spread.world, spread.timeout_s)
-    finally:
-        shutil.rmtree(notes, ignore_errors=True)
+        return {rank: one.exitcode for rank, one in failed.failures.items() if one.pid not in killed}
+    except DistError as error:
+        if node is None:
+            raise
+        key = "distributed.nodes"
+        why = f"they did not meet at {endpoint} within distributed.timeout_s={spread.timeout_s}: {error}"
+        fix = "what the SLURM job's other tasks wrote (slurm/*/*_log.err below the sweep) says why"
+        raise Refused(Problem(key=key, value=spread.nodes, why=why, fix=fix)) from error
     return None
+
+
+def _told(
+    notes: Path, node: nodes.Node, spread: DistributedSpec, died: Mapping[int, int]
+) -> dict[int, dict[int, int]]:
+    """Tells the other machines that the run failed here, and waits for what they tell: `nodes.others`."""
+    nodes.failed(notes, node, died)
+    end = time.monotonic() + 3 * GRACE_S  # they may need one to end theirs
+    while len(found := nodes.others(notes, node)) < spread.nodes - 1 and time.monotonic() < end:
+        time.sleep(LOOK_S)
+    return found
 
 
 def note(run: Run, rank: int, error: BaseException, code: int) -> None:
@@ -154,6 +232,8 @@ def _cause(
         return Cause(
             "failed", f"process {rank + 1} of {world} lost the others: {one['error']}", 1, one["traceback"]
         )
+    if not died:
+        return Cause("failed", f"one of {world} processes ended, and its machine did not tell how")
     rank, code = min(died.items())
     return Cause("failed", f"process {rank + 1} of {world} ended with {code}")
 
@@ -178,14 +258,23 @@ def _read(notes: Path) -> dict[int, dict[str, Any]]:
 
 
 @contextmanager
-def _passing_on(leader: Leader) -> Iterator[None]:
+def _passing_on(leader: Leader, lost: Callable[[], bool] | None, killed: set[int]) -> Iterator[None]:
     """Tells each rank once, when it is there, that the run is asked to stop. A terminal's Ctrl-C reaches the leader
-    alone: ranks have sessions of their own."""
+    alone: ranks have sessions of their own. `killed` gets the ranks that still wait a while after another machine's
+    are `lost`: NCCL would wait for `distributed.timeout_s`."""
     over = threading.Event()
 
     def courier() -> None:
         told: set[int] = set()
-        while not over.wait(LOOK_S):
+        end = None
+        while not over.wait(LOOK_S if lost is None else nodes.LOOK_S):
+            if end is None and lost is not None and lost():
+                end = time.monotonic() + GRACE_S
+            if end is not None and time.monotonic() > end:
+                for process in _ranks():
+                    killed.add(process.pid)
+                    with suppress(ProcessLookupError):
+                        os.kill(process.pid, signal.SIGKILL)
             if leader.asked is not None:
                 for process in _ranks():
                     if process.pid not in told:

@@ -33,6 +33,26 @@ def test_the_script_is_shown_and_nothing_submitted(shell, monkeypatch):
     )
 
 
+def test_nodes_and_gpus_are_those_of_the_plan(shell, monkeypatch):
+    """A task on each node, a GPU for each process there; of an array's jobs so many run at once."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    spread = ("distributed=ddp", "distributed.nodes=2", "launch.array_parallelism=3")
+    words = ("--multirun", "launch=slurm", "launch.device=cuda", "launch.dry_run=true", *spread)
+    for each in (
+        ("distributed.processes=4", "lora.r=1,2,4,8,16"),
+        ("distributed.processes=2", "lora.r=3,5,6,7,9", "launch.gpus=${distributed.processes}"),
+    ):
+        done = shell.run(*words, *each)
+        assert done.status == 0, done.out
+    found = [path.read_text() for path in shell.root.glob("sweeps/*/slurm/*/script.sh")]
+    assert sorted(text.split("#SBATCH --gpus-per-node=")[1][0] for text in found) == ["2", "4"]
+    for text in found:
+        assert "#SBATCH --nodes=2" in text and "#SBATCH --ntasks-per-node=1" in text
+        assert "#SBATCH --array=0-4%3" in text
+        assert "--kill-on-bad-exit=1 --wait=60" in text
+        assert "CUDA_VISIBLE_DEVICES=" not in text
+
+
 def test_without_slurm_it_is_refused(shell, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     done = shell.run("launch=slurm")
