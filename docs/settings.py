@@ -73,10 +73,7 @@ def _choice_cells(group: str, choice: Choice) -> list[str]:
     against = [
         _without(rule, group)
         for rule in RULES
-        if not rule.pending
-        and group in rule.when
-        and len(rule.when) > 1
-        and _meets(rule.when[group], choice.function)
+        if group in rule.when and len(rule.when) > 1 and _meets(rule.when[group], choice.function)
     ]
     first = re.split(r"(?<=\.) (?=[`A-Z])", _docstring(function))[0]
     sources = _sources(choice.header) or _sources(first)
@@ -203,11 +200,10 @@ def _against(key: str) -> list[str]:
     """Rules that this key can break, as `its value, with the rest of the condition`."""
     found = []
     for rule in RULES:
-        if key in rule.when and not rule.pending:
+        if key in rule.when:
             own, rest = _part(key, rule.when[key], ""), _without(rule, key)
             found.append(f"`{own.removeprefix('=').strip()}`" + (f" with {rest}" if rest else ""))
-    pending = [rule for rule in RULES if rule.pending and key in rule.when]
-    return list(dict.fromkeys(found)) + [f"not built yet: `{rule.condition()}`" for rule in pending]
+    return list(dict.fromkeys(found))
 
 
 def _without(rule: Rule, key: str) -> str:

@@ -39,10 +39,6 @@ class Refused(Exception):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
-class NotAvailableYet(Refused):
-    """A choice that composes and plans, and whose training part is not built."""
-
-
 class RecordError(Exception):
     """A run folder or cache entry that cannot be read or written; `__cause__` has the system's error."""
 

@@ -14,7 +14,7 @@ from soup import cache, inputs, rewards, rules
 from soup.cli.compose import Point
 from soup.data.report import Report
 from soup.device import Device, gpus, resolve
-from soup.errors import NotAvailableYet, Problem, Refused
+from soup.errors import Problem, Refused
 from soup.model import attention, source
 from soup.model.names import untargeted
 from soup.plan import Lengths, Plan, plan
@@ -87,8 +87,7 @@ def admitted(points: Sequence[Point], found: Sequence[Checked | Refused]) -> lis
             why=f"{len(bad)} of {len(points)} points are invalid, for the reasons above",
             fix="change the sweep, or launch.invalid=skip to leave them out",
         )
-        pending = all(isinstance(refused, NotAvailableYet) for _, refused in bad)
-        raise (NotAvailableYet if pending else Refused)([*problems, advice])
+        raise Refused([*problems, advice])
     return good
 
 
@@ -98,8 +97,6 @@ def _checked(point: Point, shared: Shared, *, train: bool) -> Checked:
     facts = rules.facts(config, device=device.kind, model_config=None)
     if problems := rules.broken(facts):
         raise Refused(problems)
-    if train and (unbuilt := rules.pending(facts)):  # before a model is looked for
-        raise NotAvailableYet(unbuilt)
     if train and (problems := _here(config, device)):
         raise Refused(problems)
     merge_arguments(config)
@@ -108,8 +105,6 @@ def _checked(point: Point, shared: Shared, *, train: bool) -> Checked:
     facts = rules.facts(config, device=device.kind, model_config=model.config)
     if problems := rules.broken(facts):
         raise Refused(problems)
-    if train and (unbuilt := rules.pending(facts)):
-        raise NotAvailableYet(unbuilt)
     if not model.notes and (problem := untargeted(config, model.folder, model.config)):
         raise Refused(problem)
     data = inputs.data_arguments(config, model.folder)

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from soup.cli.loader import hydra
 from soup.cli.search import Search, taken
-from soup.errors import NotAvailableYet, Problem, Refused
+from soup.errors import Problem, Refused
 
 # What soup reads of Hydra's own settings; the process that trains never sees Hydra.
 HYDRA_KEYS = (
@@ -155,7 +155,7 @@ def _launcher(cfg: DictConfig, args: Namespace) -> str:
         return "soup_local"  # which composes all points, on whatever they are to run later
     if f"{wanted}.yaml" not in ConfigStore.instance().list("hydra/launcher"):
         fix = "launch=local runs on this machine; `soup plan` works with either"
-        raise NotAvailableYet(Problem(key="launch", value=name, why="not available yet", fix=fix))
+        raise Refused(Problem(key="launch", value=name, why="its launcher is not installed", fix=fix))
     return wanted
 
 

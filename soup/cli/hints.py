@@ -31,4 +31,4 @@ def _could(one: Checked) -> bool:
     if one.config.backend.unsloth:
         return False
     facts = rules.facts(one.config, device=one.device.kind, model_config=None) | {"backend": "unsloth"}
-    return not rules.broken(facts) and not rules.pending(facts)
+    return not rules.broken(facts)

@@ -131,7 +131,6 @@ def _composed(found: Translated, tool: Tool, path: Path) -> tuple[Point, Any, li
         notes.append(COUNT)
     facts = rules.facts(config, device=resolve(config.launch.device).kind, model_config=None)
     notes += [f"refused as it is: {one}".replace("\n    fix:", "; fix:") for one in rules.broken(facts)]
-    notes += [f"not available yet: {one}".replace("\n    fix:", "; fix:") for one in rules.pending(facts)]
     return point, config, notes
 
 

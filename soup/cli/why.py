@@ -35,7 +35,7 @@ def why(points: Sequence[Point], args: Namespace) -> int:  # noqa: ARG001
             console.print(f"    fix: {problem.fix}", markup=False)
         if not holding:
             console.print("\nno rule speaks against this combination", style="green")
-        near = [rule for rule in rules.about(found, named) if not rule.pending]
+        near = rules.about(found, named)
         if near:
             console.print("\none more condition away:")
             for rule in near:

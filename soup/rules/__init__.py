@@ -19,7 +19,7 @@ from soup.rules.rule import Rule
 from soup.rules.table import RULES
 from soup.schema import Config
 
-__all__ = ["RULES", "Rule", "about", "broken", "facts", "is_moe", "markdown", "pending"]
+__all__ = ["RULES", "Rule", "about", "broken", "facts", "is_moe", "markdown"]
 
 
 def facts(config: Config, *, device: str, model_config: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -51,13 +51,8 @@ def facts(config: Config, *, device: str, model_config: Mapping[str, Any] | None
 
 
 def broken(found: Mapping[str, Any]) -> list[Problem]:
-    """Problems of the rules that hold, those of unbuilt choices apart."""
-    return [rule.problem(found) for rule in RULES if not rule.pending and rule.holds(found)]
-
-
-def pending(found: Mapping[str, Any]) -> list[Problem]:
-    """Problems of choices that plan and cannot train yet."""
-    return [rule.problem(found) for rule in RULES if rule.pending and rule.holds(found)]
+    """Problems of the rules that hold."""
+    return [rule.problem(found) for rule in RULES if rule.holds(found)]
 
 
 def about(found: Mapping[str, Any], keys: Iterable[str]) -> list[Rule]:
@@ -85,10 +80,6 @@ def markdown() -> str:
         "|---|---|---|---|",
     ]
     for rule in RULES:
-        if not rule.pending:
-            cells = (f"`{rule.condition()}`", rule.why, rule.fix, rule.source or "")
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    if any(rule.pending for rule in RULES):
-        lines += ["", "## Composes and plans, does not train yet", ""]
-        lines += [f"- `{rule.condition()}`" for rule in RULES if rule.pending]
+        cells = (f"`{rule.condition()}`", rule.why, rule.fix, rule.source or "")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

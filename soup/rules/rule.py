@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from soup.errors import Problem
@@ -58,14 +58,13 @@ class Above:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """`key` is the one to blame, `pending` marks a choice that composes and plans and is not built yet."""
+    """`key` is the one to blame."""
 
     key: str
     when: Mapping[str, Any]
     why: str
     fix: str
     source: str | None = None
-    pending: bool = field(default=False)
 
     def holds(self, facts: Mapping[str, Any]) -> bool:
         return self.missed(facts) == 0
