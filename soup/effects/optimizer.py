@@ -279,6 +279,23 @@ def _decay(live: Any, group: dict[str, Any]) -> float:
     return round(float((1 - ones.detach().double()).mean()), 7)
 
 
+def _epsilon(live: Any) -> float | None:
+    """Epsilon as Adam's first step has it, of a gradient as large: half a step. GaLore's is not corrected for bias."""
+    import torch
+
+    group = live.param_groups[0]
+    size = group["eps"]
+    if (
+        any("rank" in one for one in live.param_groups) or not 1e-12 < size < 1
+    ):  # its square must be a float32
+        return None
+    moved = torch.nn.Parameter(torch.zeros(SIDE, SIDE, device=group["params"][0].device))
+    moved.grad = torch.full_like(moved, size)
+    type(live).step(_twin(live, group | {"params": [moved], "lr": 1.0, "weight_decay": 0.0}))
+    step = float(moved.detach().double().abs().mean())
+    return size / step - size if step > 0 else math.inf
+
+
 def _projected_for(built: Any, group: Mapping[str, Any]) -> int | None:
     """Steps after which the projector that the library makes for a tensor takes another basis; `None`: not in time."""
     import torch
@@ -307,6 +324,8 @@ def _held(built: Any, wanted: dict[str, float]) -> Iterator[Effect]:
     for place, key in enumerate(("beta1", "beta2", "eps")):
         if key in wanted:
             values = sorted({one[place] for one in held}, key=str)
+            if key == "eps" and values == [wanted[key]] and (measured := _epsilon(live)) is not None:
+                values = values if abs(measured / wanted[key] - 1) < 0.05 else [measured]
             yield same(f"optim.{key}", wanted[key], values[0] if len(values) == 1 else values, how)
 
 

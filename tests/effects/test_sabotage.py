@@ -127,8 +127,8 @@ def matrix_with_adamw(built):
     groups[-1]["params"].append(groups[0]["params"].pop())
 
 
-def steps_without_decay(kind):
-    """The optimizer holds the decay that was asked for, and its step leaves it out."""
+def steps_with(kind, key, value):
+    """The optimizer holds what was asked for, and its step takes another number."""
 
     def before(monkeypatch):
         module, _, name = kind.rpartition(".")
@@ -136,18 +136,21 @@ def steps_without_decay(kind):
         real = owner.step
 
         def step(self, *words, **given):
-            kept = [group["weight_decay"] for group in self.param_groups]
+            kept = [group[key] for group in self.param_groups]
             for group in self.param_groups:
-                group["weight_decay"] = 0.0
+                group[key] = value
             try:
                 return real(self, *words, **given)
             finally:
-                for group, decay in zip(self.param_groups, kept, strict=True):
-                    group["weight_decay"] = decay
+                for group, before in zip(self.param_groups, kept, strict=True):
+                    group[key] = before
 
         monkeypatch.setattr(owner, "step", step)
 
     return before
+
+
+steps_without_decay = functools.partial(steps_with, key="weight_decay", value=0.0)
 
 
 def another_gap(monkeypatch):
@@ -544,6 +547,34 @@ BEFORE = {
     # optimizer
     "lr": ("optim.lr=1e-3", dropped("learning_rate"), "optim.lr"),
     "weight decay": ("optim.weight_decay=0.1", dropped("weight_decay"), "optim.weight_decay"),
+    "AdamW steps with its own epsilon": (
+        "optim.eps=1e-6",
+        steps_with("torch.optim.AdamW", "eps", 1e-8),
+        "optim.eps",
+    ),
+    "AdamW steps with its own rate": ("", steps_with("torch.optim.AdamW", "lr", 1e-3), "optim.name"),
+    "AdamW steps with its own betas": (
+        "optim.beta2=0.9",
+        steps_with("torch.optim.AdamW", "betas", (0.9, 0.999)),
+        "optim.name",
+    ),
+    "LoRA+ with a ratio of its own": (
+        "lora=loraplus",
+        without("soup.train.trainer", "create_loraplus_optimizer", loraplus_lr_ratio=2.0),
+        "lora.loraplus_lr_ratio",
+    ),
+    "no clipping": (
+        "training.max_grad_norm=0.1",
+        lambda patch: patch.setattr("transformers.Trainer._clip_grad_norm", lambda *_: 1.0),
+        "training.max_grad_norm",
+    ),
+    "layers that are never recomputed": (
+        "training.gradient_checkpointing=true",
+        lambda patch: patch.setattr(
+            "transformers.PreTrainedModel.gradient_checkpointing_enable", lambda *_, **__: None
+        ),
+        "training.gradient_checkpointing",
+    ),
     "AdamW steps without decay": (
         "optim.weight_decay=0.1",
         steps_without_decay("torch.optim.AdamW"),
