@@ -66,7 +66,7 @@ def adam(built: Any) -> Iterator[Effect]:
         how = f"{proved.how}; {'one fused kernel' if fused else 'no fused kernel'}"
         proved = replace(proved, ok=proved.ok and fused, how=how)
     yield proved
-    yield from _held(built, {"beta1": beta1, "beta2": beta2, "eps": eps})
+    yield from _held(built, {"beta1": beta1, "beta2": beta2, "eps": eps}, _adam(beta1, beta2, eps))
 
 
 def _adam(beta1: float, beta2: float, eps: float) -> Callable[[Sequence[Any]], Any]:
@@ -279,21 +279,31 @@ def _decay(live: Any, group: dict[str, Any]) -> float:
     return round(float((1 - ones.detach().double()).mean()), 7)
 
 
-def _epsilon(live: Any) -> float | None:
-    """Epsilon as Adam's first step has it, of a gradient as large: half a step. GaLore's is not corrected for bias."""
+def _epsilon(live: Any) -> float:
+    """Epsilon as Adam's first step has it, of a gradient as large: half a step."""
     import torch
 
     group = live.param_groups[0]
-    size = group["eps"]
-    if (
-        any("rank" in one for one in live.param_groups) or not 1e-12 < size < 1
-    ):  # its square must be a float32
-        return None
     moved = torch.nn.Parameter(torch.zeros(SIDE, SIDE, device=group["params"][0].device))
-    moved.grad = torch.full_like(moved, size)
+    moved.grad = torch.full_like(moved, group["eps"])
     type(live).step(_twin(live, group | {"params": [moved], "lr": 1.0, "weight_decay": 0.0}))
     step = float(moved.detach().double().abs().mean())
-    return size / step - size if step > 0 else math.inf
+    return group["eps"] / step - group["eps"] if step > 0 else math.inf
+
+
+def _coasts(live: Any, formula: Callable[[Sequence[Any]], Any]) -> bool:
+    """Whether a gradient of ones and then one of zeros move a tensor as far as the formula says: where there is no
+    gradient, a step is the betas' alone."""
+    import torch
+
+    group = live.param_groups[0]
+    moved = torch.nn.Parameter(torch.zeros(SIDE, SIDE, device=group["params"][0].device))
+    twin = _twin(live, group | {"params": [moved], "lr": 1.0, "weight_decay": 0.0})
+    gradients = [torch.ones_like(moved), torch.zeros_like(moved)]
+    for gradient in gradients:
+        moved.grad = gradient.clone()
+        type(live).step(twin)
+    return torch.allclose(moved.detach(), formula(gradients), rtol=2e-5)
 
 
 def _projected_for(built: Any, group: Mapping[str, Any]) -> int | None:
@@ -316,17 +326,24 @@ def _projected_for(built: Any, group: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _held(built: Any, wanted: dict[str, float]) -> Iterator[Effect]:
-    """Betas and epsilon, as every group of the optimizer holds them."""
+def _held(
+    built: Any, wanted: dict[str, float], adam: Callable[[Sequence[Any]], Any] | None = None
+) -> Iterator[Effect]:
+    """Betas and epsilon, as every group of the optimizer holds them, and as steps show them that are `adam`'s."""
     live = optimizer(built)
     how = f"param_groups of {type(live).__name__}"
     held = {(*group.get("betas", (None, None)), group.get("eps")) for group in live.param_groups}
     for place, key in enumerate(("beta1", "beta2", "eps")):
         if key in wanted:
-            values = sorted({one[place] for one in held}, key=str)
-            if key == "eps" and values == [wanted[key]] and (measured := _epsilon(live)) is not None:
-                values = values if abs(measured / wanted[key] - 1) < 0.05 else [measured]
-            yield same(f"optim.{key}", wanted[key], values[0] if len(values) == 1 else values, how)
+            found = sorted({one[place] for one in held}, key=str)
+            value = found[0] if len(found) == 1 else found
+            if adam is not None and value == wanted[key]:
+                if key != "eps" and not _coasts(live, adam):
+                    value = "steps by other betas"
+                # The square of such a gradient must be a number of 32 bits.
+                elif key == "eps" and 1e-12 < value < 1 and abs((one := _epsilon(live)) / value - 1) > 0.05:
+                    value = one
+            yield same(f"optim.{key}", wanted[key], value, how + (", and its steps" if adam else ""))
 
 
 def schedule(built: Any) -> Iterator[Effect]:

@@ -556,7 +556,7 @@ BEFORE = {
     "AdamW steps with its own betas": (
         "optim.beta2=0.9",
         steps_with("torch.optim.AdamW", "betas", (0.9, 0.999)),
-        "optim.name",
+        "optim.beta2",
     ),
     "LoRA+ with a ratio of its own": (
         "lora=loraplus",
