@@ -173,6 +173,7 @@ def _opens(process, file):
         return False
 
 
+@pytest.mark.slow
 def test_the_end_of_the_server_is_a_request_to_save(tree, place, tmp_path, until):
     server = _forked(tmp_path)
     try:

@@ -210,7 +210,7 @@ TASKS = {
     "reward": (),
     "grpo": ("task.max_completion_length=8", "task.beta=0.1"),
 }
-QUICK = {("dpo", "none"), ("kto", "lora"), ("orpo", "lora"), ("grpo", "lora")}
+QUICK = {("dpo", "none"), ("grpo", "lora")}
 
 
 @pytest.fixture

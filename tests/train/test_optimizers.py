@@ -19,8 +19,9 @@ LEARNS = {
 KNOBS = {"galore": ("optim.galore_rank=8", "optim.galore_update_proj_gap=3")}
 
 
-QUICK = (("adamw_8bit", "none"), ("galore", "none"), ("muon", "dora"))
+QUICK = (("galore", "none"), ("muon", "dora"))
 MORE = (
+    ("adamw_8bit", "none"),
     ("adafactor", "none"),
     ("lion", "loraplus"),
     ("schedule_free", "lora"),

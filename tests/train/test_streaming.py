@@ -83,6 +83,7 @@ def test_each_task_streams_and_resumes(tree, place, server, until, unequal, task
     assert unequal(alone, run) == []
 
 
+@pytest.mark.slow
 def test_a_bad_row_that_comes_late_fails_the_run_with_file_and_row(tree, place, server, rows):
     file = rows(number=2200, bad_at=2100)
     run = place(tree(*STREAM, f"data.train={file}", "training.max_steps=90", "training.batch_size=16"))
