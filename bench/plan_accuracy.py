@@ -3,7 +3,7 @@
     .venv/bin/python bench/plan_accuracy.py [--steps N] [--only WORD]
 
 Each setting is `soup plan`ned and trained for a few steps in a process of its own, on rows that all have
-data.max_length tokens; the demo has its own rows. The measured peak is the run's `peak_memory_bytes`: on a CPU what
+data.max_length tokens; the demo, GRPO and the tasks of answers have soup's own. The measured peak is the run's `peak_memory_bytes`: on a CPU what
 Linux counts as VmHWM. Status 1 where a prediction is more than LIMIT off.
 """
 
@@ -25,6 +25,10 @@ def rows(batch: int, tokens: int) -> list[str]:
     return ["task=pretrain", f"training.batch_size={batch}", f"data.max_length={tokens}"]
 
 
+def answers(task: str, *words: str) -> list[str]:
+    return [f"task={task}", "training.batch_size=4", *words]
+
+
 AWARE = ["model.quantization=4bit", "model.quantization_aware=true"]
 SETTINGS = {
     "the demo": ["experiment=quickstart"],
@@ -39,6 +43,13 @@ SETTINGS = {
     "4 x 128, rank 128": [*rows(4, 128), "lora.r=128"],
     "4 x 128, DoRA": [*rows(4, 128), "lora=dora"],
     "4 x 128, all weights": [*rows(4, 128), "lora=none"],
+    "dpo": answers("dpo"),
+    "dpo, all weights": answers("dpo", "lora=none"),
+    "kto": answers("kto"),
+    "orpo": answers("orpo"),
+    "simpo": answers("simpo"),
+    "reward": answers("reward"),
+    "grpo": ["experiment=grpo"],
     "2 x 64, all weights, accumulated": [
         *rows(2, 64),
         "lora=none",
@@ -51,7 +62,7 @@ def measure(words: list[str], steps: int, folder: Path) -> tuple[int, int]:
     """Predicted and measured peak, in bytes, of one run of `steps` optimizer steps."""
     text = folder / "rows.jsonl"
     text.write_text((json.dumps({"text": SENTENCE * 40}) + "\n") * 64)
-    if "experiment=quickstart" not in words:
+    if "task=pretrain" in words:
         words = [*words, f"data.train={text}"]
     words = [*words, f"training.max_steps={steps}", f"run.root={folder / 'runs'}"]
     done = subprocess.run(

@@ -18,6 +18,7 @@ FORWARDS = {  # of soup's kernels: where their forward passes are
     ("soup.kernels.loss", "_LinearCrossEntropy.forward"): "loss",
     ("soup.kernels.logps", "_LogProbabilities.forward"): "loss",
     ("soup.kernels.lora", "_LoraLinear.forward"): "adapters",
+    ("soup.kernels.answers", "_tokens"): "passes",
 }
 WHOLE_BYTES = 2**31  # weights on disk up to which every element is compared, not only some rows
 
@@ -127,22 +128,22 @@ def kernels(built: Any) -> Iterator[Effect]:
         return
     for part in built.kernels:
         told.append(str(part))
-        if ran[part.name] != part.count:
-            told[-1] += f", but {ran[part.name]} ran"
-            foreign.append(f"{part.name}: {ran[part.name]} of {part.count}")
+        if (seen := ran.get(part.name, 0)) != part.count:
+            told[-1] += f", but {seen:g} ran"
+            foreign.append(f"{part.name}: {seen:g} of {part.count}")
     effective = summary(built.kernels)
     rest = "every other module runs its library's own forward"
     how = "; ".join([*told, rest + (", or Liger's" if "liger_kernel" in asked_for else "")])
     yield Effect("backend.kernels", asked, ", ".join(foreign) or effective, not foreign, how)
 
 
-def calls(built: Any) -> Counter[str]:
-    """How often the trainer's loss of two short rows, or of a pair whose reference is given, calls each of soup's
-    kernels, as Python's profiler sees it; where the loss is the library's, a forward pass."""
+def calls(built: Any) -> dict[str, float]:
+    """How often a forward pass of the trainer's loss calls each of soup's kernels, as Python's profiler sees it: of two
+    short rows, or of answers whose reference is given; where the loss is the library's, of the model alone."""
     import torch
 
     from soup.effects.undisturbed import undisturbed
-    from soup.kernels.fast import compares_pairs, trains_rows
+    from soup.kernels.fast import reads_answers, trains_rows
 
     ran: Counter[str] = Counter()
     if not any(part.count for part in built.kernels):
@@ -157,9 +158,11 @@ def calls(built: Any) -> Counter[str]:
     trainer = built.trainer
     first = [2, 3, 4, 5, 6]
     rows = [{"input_ids": ids, "labels": ids} for ids in (first, [3, 4, 5, 6, 7, 8, 9])]
-    if compares_pairs(built.config):
-        pair = {"prompt_ids": first, "chosen_ids": [7, 8], "rejected_ids": [9]}
-        rows = [pair | {"ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0}]
+    if reads_answers(built.config):
+        sides = ("chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids")
+        given = ("ref_chosen_logps", "ref_rejected_logps", "ref_logps", "ref_KL_logps")
+        row = {"prompt_ids": first, "label": True} | dict.fromkeys(sides, [7, 8]) | dict.fromkeys(given, 0.0)
+        rows = [trainer.tokenize_row(row) if hasattr(trainer, "tokenize_row") else row]
     own_loss = any(part.name == "loss" and part.count for part in built.kernels)
     whole = trains_rows(built.config) or own_loss
     with undisturbed(built):
@@ -174,7 +177,8 @@ def calls(built: Any) -> Counter[str]:
                 trainer.compute_loss(built.model, batch)
         finally:
             sys.setprofile(before)
-    return ran
+    passes = ran.pop("passes", 1)  # KTO's policy also says what it thinks of mismatched answers
+    return {name: count / passes for name, count in ran.items()}
 
 
 def forward_owner(module: Any) -> str | None:

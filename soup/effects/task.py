@@ -74,7 +74,8 @@ def _loss(built: Any) -> Iterator[Effect]:
         if built.config.task.precompute_ref:
             reference = [_of_table(row, one) for row, one in zip(reference, examples, strict=True)]
         off = moved(model, measured, reference, built.config.task.reference)
-        with off as policy, torch.enable_grad():  # Unsloth computes another way without gradients
+        gradients = built.config.backend.unsloth  # which computes another way without
+        with off as policy, torch.set_grad_enabled(gradients):
             live = float(trainer.compute_loss(model, batch).detach())
     yield from compared(built, live, lambda **knobs: float(formula(policy, reference, **knobs)), formula)
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from soup.kernels import attention, gate, head, lora, norm, pairs
+from soup.kernels import attention, gate, head, lora, norm, pairs, rated, reference_free
+from soup.kernels.answers import causal_models
 from soup.schema import Config
 
 LAYERS = {
@@ -22,6 +23,14 @@ LAYERS = {
 }  # kinds of attention layers that see a document as `attention` does
 
 
+ANSWERS: dict[
+    str, Callable[[Any], int | str]
+] = {  # losses of log-probabilities of answers, by TRL's configuration
+    "trl:DPOConfig": pairs.put_on,
+    "trl:KTOConfig": rated.put_on,
+    "trl.experimental.orpo:ORPOConfig": reference_free.put_on,
+    "trl.experimental.cpo:CPOConfig": reference_free.put_on,
+}
 PARTS = ("norms", "gates", "adapters", "loss", "documents")
 
 
@@ -54,7 +63,7 @@ def put_on(trainer: Any, model: nn.Module, config: Config, implementation: str |
         return tuple(Part(name, 0, why) for name in PARTS)
     norms, gates = _try("norms", norm.put_on, model), _try("gates", gate.put_on, model)
     adapters = _try("adapters", lambda: lora.put_on(model, gate.adapters(model)))
-    loss = _try("loss", pairs.put_on if compares_pairs(config) else head.put_on, trainer)
+    loss = _try("loss", ANSWERS.get(config.task.config, head.put_on), trainer)
     documents = _try("documents", lambda: _documents(trainer, config, implementation, loss))
     return norms, gates, adapters, loss, documents
 
@@ -64,9 +73,9 @@ def trains_rows(config: Config) -> bool:
     return config.task.config == "trl:SFTConfig"
 
 
-def compares_pairs(config: Config) -> bool:
-    """Whether the task is one that `pairs` knows, as far as the configuration says."""
-    return config.task.config == "trl:DPOConfig"
+def reads_answers(config: Config) -> bool:
+    """Whether the task's loss is of log-probabilities of answers."""
+    return config.task.config in ANSWERS
 
 
 def _stock(config: Config) -> str | None:
@@ -91,13 +100,13 @@ def _try(name: str, put: Callable[..., int | str], *given: Any) -> Part:
 
 def _documents(trainer: Any, config: Config, implementation: str | None, loss: Part) -> int | str:
     """Rows one after another without padding, and attention within each document; the number of layers, or why not."""
-    if compares_pairs(config) and not loss.count:
-        return f"TRL's loss of pairs takes padded rows: {loss.why}"
-    if not trains_rows(config) and not compares_pairs(config):
+    if reads_answers(config) and not loss.count:
+        return f"TRL's loss takes padded rows: {loss.why}"
+    if not trains_rows(config) and not reads_answers(config):
         return f"task={config.tree['task']['name']} makes its batches itself"
     if implementation != "sdpa":
         return f"attention is {implementation}"
-    models = pairs.causal_models(trainer)
+    models = causal_models(trainer)
     for model in models:
         if model.config._attn_implementation != implementation:
             return f"attention is {model.config._attn_implementation}"
@@ -108,7 +117,7 @@ def _documents(trainer: Any, config: Config, implementation: str | None, loss: P
     padded = trainer.data_collator
     free = getattr(
         padded, "padding_free", False
-    )  # a collator of pairs always pads, and `pairs` takes that out
+    )  # a collator of answers always pads, and `answers` takes that out
     if not free:
         if config.training.neftune_alpha > 0:
             return "training.neftune_alpha is drawn for padded rows"
