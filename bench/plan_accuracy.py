@@ -3,8 +3,8 @@
     .venv/bin/python bench/plan_accuracy.py [--steps N] [--only WORD]
 
 Each setting is `soup plan`ned and trained for a few steps in a process of its own, on rows that all have
-data.max_length tokens; the demo, GRPO and the tasks of answers have soup's own. The measured peak is the run's `peak_memory_bytes`: on a CPU what
-Linux counts as VmHWM. Status 1 where a prediction is more than LIMIT off.
+data.max_length tokens; the demo, GRPO and the tasks of answers have soup's own rows. The measured peak is the run's
+`peak_memory_bytes`: on a CPU what Linux counts as VmHWM. Status 1 where a prediction is more than LIMIT off.
 """
 
 from __future__ import annotations

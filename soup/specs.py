@@ -45,6 +45,7 @@ class TaskSpec(Spec):
     `generates`: tokens that are generated for each sequence, at most.
     `frozen_models`, `trained_models`: models of the policy's size beside it and its reference.
     `forwards`: sequences that pass the model for one row of the batch (2 for a preference pair).
+    `unlearnt`: of these, those that pass without a gradient.
     `evaluates`: whether the trainer can evaluate held-out rows.
     `balances`: whether the trainer adds the balancing loss of an MoE model's router.
     `reference`: whether the loss needs a frozen reference policy.
@@ -65,10 +66,16 @@ class TaskSpec(Spec):
     frozen_models: int = 0
     trained_models: int = 0
     forwards: int = 1
+    unlearnt: int = 0
     evaluates: bool = True
     balances: bool = True
     reference: bool = False
     precompute_ref: bool = False
+
+    @property
+    def learnt_from(self) -> int:
+        """Sequences of a row whose activations backward needs."""
+        return self.forwards - self.unlearnt
 
 
 @dataclass(frozen=True, kw_only=True)

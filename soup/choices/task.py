@@ -99,7 +99,8 @@ def kto(*, beta: Beta, desirable_weight: Beta, undesirable_weight: Beta, precomp
         extra="extra:reference",
         shape="unpaired",
         embedded="unpaired",
-        forwards=2,  # the completion, and a mismatched one for the KL estimate
+        forwards=2,
+        unlearnt=1,  # a mismatched completion for the KL estimate
         reference=True,
         precompute_ref=precompute_ref,
         args={

@@ -57,12 +57,19 @@ def _in_float32(built: Any) -> Iterator[None]:
         return
     beside = (getattr(built.trainer, name, None) for name in ("reward_model", "value_model"))
     models = [one for one in (model, reference, *beside) if one is not None]
-    kept = [(p, p.data) for one in models for p in one.parameters() if p.is_floating_point()]
+    # What is frozen comes back from its copy, to the bit: 32 bits hold 16. Of the rest others hold views.
+    alone = built.config.distributed.world == 1
+    kept = [
+        (p, p.dtype if alone and not p.requires_grad else p.data)
+        for one in models
+        for p in one.parameters()
+        if p.is_floating_point()
+    ]
     quantized = [m for one in models for m in one.modules() if hasattr(m, "compute_dtype")]
     dtypes = [m.compute_dtype for m in quantized]
     autocast = vars(reference).get("forward") if hasattr(reference, "_original_forward") else None
-    for parameter, data in kept:
-        parameter.data = data.float()
+    for parameter, _ in kept:
+        parameter.data = parameter.data.float()
     for module in quantized:
         module.compute_dtype = torch.float32
     if autocast is not None:
@@ -70,8 +77,8 @@ def _in_float32(built: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        for parameter, data in kept:
-            parameter.data = data
+        for parameter, was in kept:
+            parameter.data = parameter.data.to(was) if isinstance(was, torch.dtype) else was
         for module, dtype in zip(quantized, dtypes, strict=True):
             module.compute_dtype = dtype
         if autocast is not None:

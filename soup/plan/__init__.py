@@ -144,7 +144,7 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
     fullest = longest
     if without_padding(config) and not training.packing:
         batches = steps * training.gradient_accumulation_steps
-        average = row_tokens(lengths.sample, training.batch_size, batches)
+        average = row_tokens(lengths.sample, training.batch_size * task.forwards, batches)
         fullest = longest if average is None else min(longest, math.ceil(average))
     parts, notes["memory"] = peak(config, decoder, device, fullest, dtype, trainable, adapters)
     if fullest < longest:
@@ -165,10 +165,9 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
     if cut and loading > 0:
         parts["loading"] = loading
         notes["loading"] = f"each device holds the whole model, {whole / 1e9:.1f} GB, before it is cut"
-    held = sum(
-        parts.get(name, 0) for name in ("runtime", "weights", "reference", "reward model", "value model")
+    beyond = (
+        parts["runtime"] + proving(config, decoder, device, dtype, longest, adapters) - sum(parts.values())
     )
-    beyond = held + proving(config, decoder, dtype, longest) - sum(parts.values())
     if beyond > 0 and spread.world == 1:
         parts["proof"] = beyond
         notes["proof"] = (

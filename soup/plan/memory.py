@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from soup.device import Device
 from soup.plan.decoder import Shape, adapted
-from soup.plan.unpadded import own_kernels, without_padding
+from soup.plan.unpadded import of_answers, own_kernels, without_padding
 from soup.schema import Config
 from soup.specs import DistributedSpec
 
@@ -20,7 +20,7 @@ HOLES = {"cpu": 0.55, "cuda": 0.0}
 LOGIT_CHUNK = (
     256  # learnt tokens that TRL turns into logits at once (sft_trainer._CHUNKED_LM_HEAD_CHUNK_SIZE)
 )
-MEASURED = 3  # rows whose loss is measured before the first step
+DOUBLE = 100e6  # log-probabilities in float64, some tokens at a time, before the first step
 LARGE = 2**31  # bytes of float32 weights above which that is done in training's own precision
 LOSS_TOKENS = 2048  # of a batch whose loss is measured for the curriculum, padding included
 LOGIT_COPIES = 6  # logits, log-softmax, their exponent and product, and two gradients, in float32
@@ -59,7 +59,7 @@ def peak(
 
     ring = config.longctx.ring_size if config.longctx.use_ring_attention else 1
     length = longest + task.generates
-    batch_tokens = training.batch_size * task.forwards * length / ring
+    batch_tokens = training.batch_size * task.learnt_from * length / ring
     one_layer = _layer_floats(config, decoder) * products
     if config.lora.use_dora:  # the frozen layer's output and the adapter's, each scaled by a magnitude
         one_layer += (
@@ -101,17 +101,12 @@ def peak(
                 head * (2 * 4 + products) if config.lora.r is None else head * products * (products != size)
             )
             how_logits += ", with their gradient in their place"
-    elif (
-        task.config == "trl:DPOConfig"
-        and own_kernels(config)
-        and not decoder.experts
-        and not task.precompute_ref
-    ):
+    elif of_answers(config) and decoder.experts == 1 and not task.precompute_ref:
         logits = min(LOGIT_CHUNK, batch_tokens) * decoder.vocab * products
         logits += decoder.vocab * decoder.hidden * (4 + products if config.lora.r is None else products)
-        how_logits = f"{LOGIT_CHUNK} tokens of answers at a time"
+        how_logits = f"{LOGIT_CHUNK} tokens of answers at a time, with their gradient in their place"
     else:
-        logits = batch_tokens * decoder.vocab * 4 * 3
+        logits = training.batch_size * task.forwards * length * decoder.vocab * 4 * 3
         how_logits = "every token of the batch"
     if task.trained_models:  # those of all answers of a step, and a padded copy (TRL's batch_generation)
         rollouts = training.batch_size * training.gradient_accumulation_steps * task.generates
@@ -138,15 +133,19 @@ def peak(
     return parts, note
 
 
-def proving(config: Config, decoder: Shape, dtype: str, longest: int) -> float:
-    """Bytes that proving the loss takes beside the process and what is held anyway: a copy of the weights in float32,
-    and what backward would need of MEASURED rows (soup.effects.undisturbed); none for models that are measured as they
-    train."""
+def proving(config: Config, decoder: Shape, device: Device, dtype: str, longest: int, adapters: int) -> float:
+    """Bytes that proving the loss takes beside the process (soup.effects.undisturbed): all models in float32, and the
+    logits of one row. What is frozen gives way to its copy, on a CPU when all of it is copied, since it is one mapped
+    file. Models that are measured as they train have the logits only."""
+    size, task = BYTES[dtype], config.task
+    models = 1 + task.frozen_models + (task.reference and config.lora.r is None and not task.precompute_ref)
+    logits = (longest + task.generates) * decoder.vocab
     if dtype == "float32" or config.model.stored != "none" or 4 * decoder.total > LARGE:
         return 0.0
-    kept = 1 if config.training.gradient_checkpointing else decoder.layers
-    rows = MEASURED * config.task.forwards * (longest + config.task.generates)
-    return 4 * decoder.total + rows * kept * _layer_floats(config, decoder) * BYTES["float32"]
+    held = 4 * (models + task.trained_models) * decoder.total + 4 * adapters
+    trains = size * decoder.total if config.lora.r is None else 0
+    mapped = models * size * decoder.total - trains if device.kind == "cpu" else 0
+    return held + trains + max(mapped, 4 * logits + DOUBLE)
 
 
 def _share(spread: DistributedSpec) -> dict[str, float]:

@@ -15,9 +15,14 @@ def own_kernels(config: Config) -> bool:
     return not stock and not spread and not config.longctx.use_ring_attention
 
 
+def of_answers(config: Config) -> bool:
+    """Whether soup's kernels compute the task's loss from log-probabilities of answers (`soup.kernels.answers`)."""
+    return own_kernels(config) and config.task.forwards > 1 and config.task.head == "causal"
+
+
 def without_padding(config: Config) -> bool:
     """Whether a batch has no padding."""
-    rows = config.task.config == "trl:SFTConfig"
+    rows = config.task.config == "trl:SFTConfig" or of_answers(config)
     draws = config.lora.dropout > 0 or config.training.neftune_alpha > 0
     return own_kernels(config) and rows and not draws
 
