@@ -226,7 +226,8 @@ class TestPush:
         more = ["--merged"] if kind == "merged" else []
         assert main(["runs", "push", *more, run.id, "me/it", f"run.root={run.folder.parent}"]) == 2
         shown = capsys.readouterr().err
-        assert "HF_HUB_OFFLINE is set, so no hub is asked" in shown and "unset HF_HUB_OFFLINE" in shown
+        assert "HF_HUB_OFFLINE is set, so no hub is asked" in shown
+        assert f"unset HF_HUB_OFFLINE; where no hub can be reached, copy {run.folder} to a machine" in shown
 
     def test_not_logged_in(self, run, monkeypatch, capsys):
         from huggingface_hub import constants
@@ -237,6 +238,20 @@ class TestPush:
         words = ["runs", "push", "--merged", run.id, "me/it", f"run.root={run.folder.parent}"]
         assert main(words) == 2
         assert "hf auth login" in capsys.readouterr().err
+
+    def test_a_hub_that_does_not_answer(self, run):
+        """A process of its own: the client reads where its hub is when it is imported."""
+        there = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_none", "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-m", "soup", "runs", "push", "--merged", run.id, "me/it"]
+            + [f"run.root={run.folder.parent}"],
+            env=os.environ | there,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert "http://127.0.0.1:9 does not answer: " in done.stderr and str(run.folder) in done.stderr
 
     def test_an_adapter_for_a_local_base_is_refused(self, run, capsys):
         assert main(["runs", "push", run.id, "me/it", f"run.root={run.folder.parent}"]) == 2
