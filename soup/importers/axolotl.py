@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from soup.importers import reasons
+from soup.importers.axolotl_rows import datasets, held_out_files, held_out_share, pretraining
 from soup.importers.mapping import (
     HUB,
     LOADER,
@@ -30,7 +30,6 @@ from soup.importers.mapping import (
     leave,
     nothing,
     same,
-    sources,
     switch,
     targets,
     to,
@@ -40,13 +39,6 @@ from soup.importers.mapping import (
 )
 
 TASKS = {name: name for name in ("dpo", "ipo", "orpo", "kto", "simpo", "grpo")}
-FORMATS = {
-    "alpaca": "alpaca", "completion": "text", "pretrain": "text", "chat_template": "auto", "sharegpt": "sharegpt",
-    "chat_template.default": "auto", "chat_template.argilla": "preference",
-}  # fmt: skip
-PART = "soup reads a source as it is: write the part, or the columns under their usual names, to a file"
-USUAL = (("messages", "role", "content"), ("conversations", "from", "value"))  # messages, sharegpt
-COLUMNS = ("field_messages", "message_property_mappings", "message_field_role", "message_field_content")
 SPEED = "how it is computed, not what is learnt"
 TOKENS = "soup takes the tokenizer as it is: save one with these tokens beside the model"
 
@@ -57,69 +49,6 @@ def _lora(entry: Entry) -> Entry:
 
 def _of(*tasks: str, entry: Entry) -> Entry:
     return when(lambda file: at(file, "rl") in tasks, entry, f"read by rl {' and '.join(tasks)} only")
-
-
-def _datasets(value: Any, _: File) -> list[Outcome]:
-    found: list[Outcome] = [sources([str(one["path"]) for one in value])]
-    types = [one.get("type") for one in value]
-    formats = {FORMATS.get(one) if isinstance(one, str) else None for one in types if one is not None}
-    why = []
-    if len(formats) == 1 and None not in formats:
-        (name,) = formats
-        found.append(Put("data.format", name))
-    elif formats:
-        shown = ", ".join(dict.fromkeys(str(one) if isinstance(one, str) else "a mapping" for one in types))
-        why.append(f"type {shown}: data.format=auto recognises each source from its rows")
-    if any(str(one).partition(":")[0] == "alpaca" for one in types):
-        why.append(
-            "soup renders them with the tokenizer's chat template, without Alpaca's own words around them"
-        )
-    if beside := _beside(value):
-        why.append(f"{PART} ({', '.join(beside)})")
-    return [*found, Leave("; ".join(why))] if why else found
-
-
-def _beside(sources_: list[Mapping[str, Any]], split: str = "train") -> list[str]:
-    """What sources say that soup does not read; which columns there are says nothing where they are the usual ones."""
-    found: set[str] = set()
-    for one in sources_:
-        said = {key: value for key, value in one.items() if value is not None and key not in ("path", "type")}
-        mapping = said.get("message_property_mappings", {})
-        names = (
-            said.get("field_messages", "messages"),
-            said.get("message_field_role", mapping.get("role", "role")),
-            said.get("message_field_content", mapping.get("content", "content")),
-        )
-        if names in USUAL and set(mapping) <= {"role", "content"}:
-            said = {key: value for key, value in said.items() if key not in COLUMNS}
-        usual = {"split": split, "field": "text"}
-        found |= {key for key, value in said.items() if usual.get(key) != value}
-    return sorted(found)
-
-
-def _eval(value: Any, _: File) -> list[Outcome]:
-    files = [str(one["path"]) for one in value]
-    found: list[Outcome] = [Put("data.eval", files[0] if len(files) == 1 else files)]
-    if beside := _beside(value, split="test"):
-        found.append(Leave(f"{PART} ({', '.join(beside)})"))
-    return found
-
-
-def _pretraining(value: Any, _: File) -> list[Outcome]:
-    listed = value if isinstance(value, list) else [value]
-    paths = [str(one["path"]) if isinstance(one, Mapping) else str(one) for one in listed]
-    found: list[Outcome] = [Choose("task", "pretrain"), sources(paths), Put("data.streaming", True)]
-    if beside := _beside([one for one in listed if isinstance(one, Mapping)]):
-        found.append(Leave(f"{PART} ({', '.join(beside)})"))
-    return found
-
-
-def _held_out(value: Any, file: File) -> list[Outcome]:
-    if float(value) >= 1:
-        return [Leave("soup holds out a share, not a number of rows: data.eval_fraction")]
-    if at(file, "test_datasets"):
-        return [Same("test_datasets names the held-out rows")]
-    return [Put("data.eval_fraction", float(value))]
 
 
 def _adapter(value: Any, _: File) -> list[Outcome]:
@@ -288,9 +217,9 @@ TABLE: dict[str, Entry] = reasons.AXOLOTL | {
         "soup has no such task, and trains sft as this stands",
     ),
     "reward_model": each({True: Choose("task", "reward"), False: Same("off")}, "is neither true nor false"),
-    "datasets": _datasets,
-    "test_datasets": _eval,
-    "pretraining_dataset": _pretraining,
+    "datasets": datasets,
+    "test_datasets": held_out_files,
+    "pretraining_dataset": pretraining,
     "chat_template": each(
         {"tokenizer_default": Same("the tokenizer's own")},
         "soup renders with the tokenizer's own template, or model.chat_template=FILE",
@@ -306,7 +235,7 @@ TABLE: dict[str, Entry] = reasons.AXOLOTL | {
         True, why="soup's too", otherwise="soup shuffles rows; training.curriculum orders them"
     ),
     "dataset_exact_deduplication": same(False, why="off", otherwise="soup keeps rows that repeat"),
-    "val_set_size": _held_out,
+    "val_set_size": held_out_share,
     "output_dir": leave(PLACE),
     "hub_model_id": leave(HUB),
     "hub_strategy": leave(HUB),
