@@ -37,10 +37,11 @@ class OptunaSweeper(Sweeper):
 
         words = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         parsed = OverridesParser.create(config_loader=self.loader).parse_overrides(words)
+        settings = Settings.checked(self.settings, self.sampler)  # first: it says so where Optuna is missing
         self.study = Proposer(
             axes=space(parsed),
             fixed=tuple(one.input_line for one in parsed if not one.is_sweep_override()),
-            settings=Settings.checked(self.settings, self.sampler),
+            settings=settings,
             compose=lambda overrides: point(self.loader.load_sweep_config(self.config, list(overrides))),
         )
         return self.task_function(self.study.first())

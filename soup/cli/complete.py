@@ -50,8 +50,13 @@ def _query(shell: str) -> int:
     try:
         args = Parser().parse_intermixed_args(words)
         args.config_name = args.config_name or "config"
-        if not any(word in COMMANDS for word in args.overrides):
+        command = next((word for word in args.overrides if word in COMMANDS), None)
+        if command is None:
             print("\n".join(name for name in COMMANDS if name.startswith(last)))
+        elif not COMMANDS[command].composes:  # takes runs and files, which the shell itself completes
+            actions = COMMANDS["runs"].says.split() if args.overrides == ["runs"] else []
+            print("\n".join(name for name in [*actions, "run.root="] if name.startswith(last)))
+            return 0
         overrides = [word for word in args.overrides if "=" in word or word.startswith("~")]
         os.environ["COMP_LINE"] = " ".join(["soup", *overrides, last])
         with hydra(args) as engine:

@@ -16,7 +16,7 @@ from soup.cli.loader import conf_dir
 from soup.device import resolve
 from soup.errors import Problem, Refused
 from soup.importers.files import read, render, whose
-from soup.importers.mapping import COUNT, Tool, Translated, translate
+from soup.importers.mapping import COUNT, Tool, Translated, settle, translate
 from soup.importers.trl import TASK, TASKS
 from soup.schema import check
 
@@ -36,6 +36,7 @@ def import_(words: list[str], args: Namespace) -> int:
     found = translate(tool, file)
     found.left.pop(TASK if tool.needs_task else "", None)
     _shard(found, args)
+    settle(found)
     target = _target(path, args.out)
     point, config, notes = _composed(found, tool, path)
     text = render(found, tool, path.name, notes)
@@ -125,6 +126,11 @@ def _composed(found: Translated, tool: Tool, path: Path) -> tuple[Point, Any, li
                     if not key.endswith("default"):
                         found.left[key] = why
     notes = []
+    if config.model.embedded:
+        notes.append(
+            f"no model is named in this file ({tool.model}), and soup would take its embedded one: "
+            "model=hub model.base=NAME"
+        )
     if config.data.train is None:
         notes.append("no rows are named in this file, and soup would take its embedded set: data.train=FILE")
     if config.distributed.world > 1:

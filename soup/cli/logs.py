@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -35,6 +36,10 @@ def logs(words: list[str], args: Namespace) -> int:
         if len(chosen) == 1 and run.state() == "failed" and (run.folder / "log.txt").is_file():
             print(f"\nthe end of {run.folder / 'log.txt'}:")
             print("\n".join((run.folder / "log.txt").read_text(errors="replace").splitlines()[-TRACE:]))
+    if not any(offsets.values()) and not args.follow:
+        who = f"no run of sweep {sweep.id}" if len(chosen) > 1 else f"run {chosen[0][1].id}"
+        told = "has said anything" if len(chosen) > 1 else "has said nothing"
+        print(f"{who} {told} yet; `soup status {sweep.id}` says where it stands", file=sys.stderr)
     while args.follow:
         going = bool(parents.alive(sweep)) or slurm.going(sweep) or any(run.running() for _, run in chosen)
         for place, run in chosen:

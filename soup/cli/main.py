@@ -75,6 +75,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecordError as error:
         print(f"soup: {error}: {error.__cause__}", file=sys.stderr)
         return 1
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == "soup":
+            raise
+        missing = isinstance(error, ModuleNotFoundError)
+        fix = (
+            "pip install soup-launcher"
+            if missing
+            else "`soup doctor` says which package is broken, and what mends it"
+        )
+        print(_message(Refused(Problem(key="environment", why=str(error), fix=fix))), file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -28,7 +28,7 @@ def push(words: list[str], args: Namespace) -> int:
         raise Refused(Problem(key="run", value=run.id, why=f"has no {folder.name}/ yet", fix=fix))
     with TemporaryDirectory(prefix="soup-push-") as scratch:
         staged = stage(run, folder, Path(scratch) / "model")
-        print(_uploaded(staged, name))
+        print(_uploaded(staged, name, run))
     return 0
 
 
@@ -56,14 +56,16 @@ def stage(run: Run, folder: Path, target: Path) -> Path:
     return target
 
 
-def _uploaded(folder: Path, name: str) -> str:
-    from httpx import HTTPError
+def _uploaded(folder: Path, name: str, run: Run) -> str:
+    from httpx import HTTPError, TransportError
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    elsewhere = f"where no hub can be reached, copy {run.folder} to a machine that reaches one"
     if constants.HF_HUB_OFFLINE:
         why = "HF_HUB_OFFLINE is set, so no hub is asked"
-        raise Refused(Problem(key="runs push", value=name, why=why, fix="unset HF_HUB_OFFLINE"))
+        fix = f"unset HF_HUB_OFFLINE; {elsewhere}"
+        raise Refused(Problem(key="runs push", value=name, why=why, fix=fix))
     if get_token() is None:
         why = "the hub client is not logged in"
         raise Refused(Problem(key="runs push", value=name, why=why, fix="hf auth login, or set HF_TOKEN"))
@@ -73,6 +75,8 @@ def _uploaded(folder: Path, name: str) -> str:
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Trained by soup")
     except (HfHubHTTPError, HFValidationError, HTTPError, OSError) as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fix = "a name OWNER/NAME that your token may write to, and a hub that answers"
+        fix = "a name OWNER/NAME that your token may write to"
+        if isinstance(error, TransportError):
+            why, fix = f"{constants.ENDPOINT} does not answer: {why}", elsewhere
         raise Refused(Problem(key="runs push", value=name, why=why, fix=fix)) from error
     return str(url)

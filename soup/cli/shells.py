@@ -34,6 +34,7 @@ _soup()
         ask+=(-m soup)
     fi
     found=("${(@f)$(COMP_LINE="$LBUFFER" "${ask[@]}" -sc query=zsh 2> /dev/null)}")
+    if [[ -z "$found" ]]; then _files; return; fi
     compadd -Q -S '' -a found
 }
 compdef _soup NAMES
@@ -47,7 +48,12 @@ function __soup_complete
         set ask $words[1] -m soup
     end
     set -lx COMP_LINE (commandline -cp | string collect)
-    $ask -sc query=fish 2> /dev/null
+    set -l found ($ask -sc query=fish 2> /dev/null | string match -v '')
+    if set -q found[1]
+        printf '%s\\n' $found
+    else
+        __fish_complete_path (commandline -ct)
+    end
 end
 for name in NAMES
     complete -c $name -f -a '(__soup_complete)'

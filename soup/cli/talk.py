@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from soup.cli.quiet import libraries_quiet
 from soup.errors import Problem, Refused
 from soup.record import Run, find
 
@@ -15,6 +16,7 @@ MAX_TOKENS = 256  # of an answer
 HELP = "/new starts over, /quit ends; so does Ctrl-D"
 
 
+@libraries_quiet()
 def chat(words: list[str], args: Namespace) -> int:
     """Answers what is typed, keeping the conversation; with `--base` the base model answers in one of its own."""
     speaker = _speaker(_run(words, args), args)
@@ -44,6 +46,7 @@ def chat(words: list[str], args: Namespace) -> int:
                 talk.append({"role": "assistant", "content": answer.strip()})
 
 
+@libraries_quiet()
 def generate(words: list[str], args: Namespace) -> int:
     """A line of JSON for each prompt, with `completion`, and with `--base` the base model's too."""
     run = _run(words, args)

@@ -45,6 +45,7 @@ def _extra(name: str) -> str:
     return f"pip install 'soup-launcher[{name}]'"
 
 
+SOUP = "pip install soup-launcher"  # and what it needs, which is missing
 TORCH = {"torch": "torch"}
 STACK = TORCH | {"transformers": "transformers", "trl": "trl", "peft": "peft", "accelerate": "accelerate"}
 # Without dependencies: unsloth asks for a certifi that an index may not have, and pip falls back to a release that
@@ -91,7 +92,7 @@ CAPABILITIES: tuple[Capability, ...] = (
         name="training",
         exercised="transformers, PEFT and TRL: a step of a tiny model's adapters",
         packages=STACK,
-        install="pip install soup-launcher",
+        install=SOUP,
         needed=_always,
     ),
     Capability(
@@ -140,28 +141,28 @@ CAPABILITIES: tuple[Capability, ...] = (
         name="CPU",
         exercised="a layer, forward and backward",
         packages=TORCH,
-        install="pip install soup-launcher",
+        install=SOUP,
         needed=lambda _, device: device.kind == "cpu",
     ),
     Capability(
         name="GPU",
         exercised="a layer on each GPU, forward and backward",
         packages=TORCH,
-        install="pip install soup-launcher",
+        install=SOUP,
         needed=lambda _, device: device.kind == "cuda",
     ),
     Capability(
         name="bfloat16",
         exercised="a matrix product against float32's",
         packages=TORCH,
-        install="pip install soup-launcher",
+        install=SOUP,
         needed=lambda config, _: config.model.dtype == "bfloat16",
     ),
     Capability(
         name="processes",
         exercised="two processes add up a tensor over gloo",
         packages=TORCH,
-        install="pip install soup-launcher",
+        install=SOUP,
         needed=lambda config, _: config.tree["distributed"]["name"] != "none",
     ),
     Capability(
@@ -196,7 +197,7 @@ CAPABILITIES: tuple[Capability, ...] = (
         name="hub",
         exercised="asks huggingface.co for a file's header",
         packages={"huggingface-hub": "huggingface_hub"},
-        install="pip install soup-launcher",
+        install=SOUP,
     ),
     Capability(
         name="SLURM",

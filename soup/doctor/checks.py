@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -512,6 +513,19 @@ def _save_tiny(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(kind | special))
 
 
+def _culprit(error: BaseException) -> str:
+    """The module that could not be imported, which others import on the way; empty where something else failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if not isinstance(error, ImportError):
+        return ""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return error.name.partition(".")[0]
+    frames = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    outside = [name for name in frames if name.partition(".")[0] not in sys.stdlib_module_names]
+    return outside[-1].partition(".")[0] if outside else ""
+
+
 def main(name: str) -> None:
     answer = os.dup(1)
     os.dup2(2, 1)  # what libraries print
@@ -524,7 +538,7 @@ def main(name: str) -> None:
         found = {"state": "broken", "detail": str(broken), "mend": broken.mend}
     except Exception as error:  # noqa: BLE001 - whatever a broken library raises
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        found = {"state": "broken", "detail": f"{type(error).__name__}: {first}"}
+        found = {"state": "broken", "detail": f"{type(error).__name__}: {first}", "module": _culprit(error)}
     os.write(answer, json.dumps(found).encode())
     sys.stdout.flush()
     os._exit(0)  # some libraries wait at exit for threads of their own

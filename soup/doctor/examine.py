@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -13,12 +14,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from soup.device import cores
-from soup.doctor.capabilities import Capability
+from soup.doctor.capabilities import SOUP, STACK, Capability
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 LIMIT_S = 120.0  # of one capability, most of it imports; on two idle cores the slowest takes 20
 
@@ -57,7 +62,8 @@ def _absent(capability: Capability) -> Finding | None:
     if not lacking:
         return None
     why = f"{', '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not installed"
-    return Finding(name=capability.name, state="missing", detail=why, mend=capability.install)
+    mends = dict.fromkeys(SOUP if name in STACK else capability.install for name in lacking)
+    return Finding(name=capability.name, state="missing", detail=why, mend=" && ".join(mends))
 
 
 def _exercised(capability: Capability, limit_s: float) -> Finding:
@@ -80,8 +86,9 @@ def _exercised(capability: Capability, limit_s: float) -> Finding:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+    module = found.pop("module", "")
     if found["state"] == "broken":
-        found["mend"] = found.get("mend") or _mend(capability, found["detail"])
+        found["mend"] = found.get("mend") or _mend(capability, found["detail"], module)
     return Finding(name=capability.name, seconds=round(monotonic() - begun, 1), **found)
 
 
@@ -94,16 +101,29 @@ def _answer(out: bytes, err: bytes, status: int) -> dict[str, str]:
         return {"state": "broken", "detail": f"its process ended with {ended}: {last}"}
 
 
-def _mend(capability: Capability, why: str) -> str:
-    """The command that puts a broken package right: away with what hides it, or the package once more."""
-    for name, module in capability.packages.items():
+def _mend(capability: Capability, why: str, failed: str) -> str:
+    """The command that puts a broken package right: away with what hides it, or the package once more.
+
+    `failed`: the module that could not be imported, if that is what happened.
+    """
+    by_module = {module: name for name, module in capability.packages.items()}
+    if failed and failed not in by_module:
+        names = packages_distributions().get(failed)
+        if names is None:
+            return f"pip install {failed}"
+        by_module[failed] = names[0]
+    for module, name in by_module.items():
         if (hiding := _hiding(name, module)) is not None:
             return _unhide(hiding)
     if capability.name == "SLURM":
         return (
             "scontrol ping  # which controller does not answer; then there: systemctl restart munge slurmctld"
         )
-    named = [name for name, module in capability.packages.items() if module in why or name in why]
+    named = [
+        name
+        for module, name in by_module.items()
+        if module == failed or (not failed and re.search(rf"\b({module}|{re.escape(name)})\b", why))
+    ]
     chosen = named[-1] if named else list(capability.packages)[-1]
     return f"pip install --force-reinstall --no-deps {chosen}=={(_version(chosen) or '').partition('+')[0]}"
 
@@ -174,17 +194,23 @@ HARMLESS = {
 
 def versions() -> Finding:
     """Whether the installed packages that soup builds on fit together, as their own metadata say."""
+    from packaging.specifiers import SpecifierSet
+
     wrong = list(_mismatches())
     if not wrong:
         return Finding(name="versions", state="works", detail="installed packages accept one another")
-    detail = "; ".join(f"{by} needs {need}, and {found} is installed" for by, need, found in wrong)
-    # The innermost package's wish may be what the outer one's forbids; soup's own ranges come first.
-    wanted = dict.fromkeys(shlex.quote(need) for _, need, _ in wrong)
-    return Finding(name="versions", state="broken", detail=detail, mend=f"pip install {' '.join(wanted)}")
+    detail = "; ".join(
+        f"{by} needs {name}{ranges}, and {found} is installed" for by, name, ranges, found in wrong
+    )
+    wanted: dict[str, SpecifierSet] = {}
+    for _, name, ranges, _ in wrong:
+        wanted[name] = wanted.get(name, SpecifierSet()) & ranges
+    words = " ".join(shlex.quote(f"{name}{ranges}") for name, ranges in wanted.items())
+    return Finding(name="versions", state="broken", detail=detail, mend=f"pip install {words}")
 
 
-def _mismatches() -> Iterator[tuple[str, str, str]]:
-    """(who asks, what for, what is there) among soup's requirements, extras included, and theirs."""
+def _mismatches() -> Iterator[tuple[str, str, SpecifierSet, str]]:
+    """(who asks, what for, in which versions, what is there) among soup's requirements, extras included, and theirs."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -206,5 +232,5 @@ def _mismatches() -> Iterator[tuple[str, str, str]]:
             if not applies or found is None:
                 continue
             if (by, name) not in HARMLESS and not requirement.specifier.contains(found, prereleases=True):
-                yield by, f"{name}{requirement.specifier}", found
+                yield by, name, requirement.specifier, found
             waiting.append(name)

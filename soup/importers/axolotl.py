@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from soup.importers import reasons
+from soup.importers.axolotl_rows import datasets, held_out_files, held_out_share, pretraining
 from soup.importers.mapping import (
     HUB,
     LOADER,
@@ -13,6 +13,7 @@ from soup.importers.mapping import (
     PLACE,
     RESUME,
     SCHEDULER,
+    TIMEOUT,
     Choose,
     Entry,
     File,
@@ -29,7 +30,6 @@ from soup.importers.mapping import (
     leave,
     nothing,
     same,
-    sources,
     switch,
     targets,
     to,
@@ -39,11 +39,6 @@ from soup.importers.mapping import (
 )
 
 TASKS = {name: name for name in ("dpo", "ipo", "orpo", "kto", "simpo", "grpo")}
-FORMATS = {
-    "alpaca": "alpaca", "completion": "text", "pretrain": "text", "chat_template": "auto", "sharegpt": "sharegpt",
-    "chat_template.default": "auto", "chat_template.argilla": "preference",
-}  # fmt: skip
-PART = "soup reads a source as it is: write the part, or the columns under their usual names, to a file"
 SPEED = "how it is computed, not what is learnt"
 TOKENS = "soup takes the tokenizer as it is: save one with these tokens beside the model"
 
@@ -56,59 +51,10 @@ def _of(*tasks: str, entry: Entry) -> Entry:
     return when(lambda file: at(file, "rl") in tasks, entry, f"read by rl {' and '.join(tasks)} only")
 
 
-def _datasets(value: Any, _: File) -> list[Outcome]:
-    found: list[Outcome] = [sources([str(one["path"]) for one in value])]
-    types = [one.get("type") for one in value]
-    formats = {FORMATS.get(one) if isinstance(one, str) else None for one in types if one is not None}
-    why = []
-    if len(formats) == 1 and None not in formats:
-        (name,) = formats
-        found.append(Put("data.format", name))
-    elif formats:
-        shown = ", ".join(dict.fromkeys(str(one) if isinstance(one, str) else "a mapping" for one in types))
-        why.append(f"type {shown}: data.format=auto recognises each source from its rows")
-    beside = sorted(
-        {
-            key
-            for one in value
-            for key, said in one.items()
-            if said is not None and key not in ("path", "type")
-        }
-    )
-    if beside:
-        why.append(f"{PART} ({', '.join(beside)})")
-    return [*found, Leave("; ".join(why))] if why else found
-
-
-def _eval(value: Any, _: File) -> list[Outcome]:
-    files = [str(one["path"]) for one in value]
-    found: list[Outcome] = [Put("data.eval", files[0] if len(files) == 1 else files)]
-    if any(set(one) - {"path", "type"} for one in value):
-        found.append(Leave(PART))
-    return found
-
-
-def _pretraining(value: Any, _: File) -> list[Outcome]:
-    listed = value if isinstance(value, list) else [value]
-    paths = [str(one["path"]) if isinstance(one, Mapping) else str(one) for one in listed]
-    found: list[Outcome] = [Choose("task", "pretrain"), sources(paths), Put("data.streaming", True)]
-    if any(isinstance(one, Mapping) and set(one) - {"path", "type"} for one in listed):
-        found.append(Leave(PART))
-    return found
-
-
-def _held_out(value: Any, file: File) -> list[Outcome]:
-    if float(value) >= 1:
-        return [Leave("soup holds out a share, not a number of rows: data.eval_fraction")]
-    if at(file, "test_datasets"):
-        return [Same("test_datasets names the held-out rows")]
-    return [Put("data.eval_fraction", float(value))]
-
-
 def _adapter(value: Any, _: File) -> list[Outcome]:
     if value in ("lora", "qlora"):
         return [Choose("lora", "lora")]
-    return [Leave("soup has LoRA, and all weights")]
+    return [Leave("soup has LoRA, which it trains as this stands, and all weights")]
 
 
 def _quantization_aware(value: Any, _: File) -> list[Outcome]:
@@ -210,12 +156,32 @@ def _rope(value: Any, _: File) -> list[Outcome]:
     return found
 
 
-def _wandb(value: Any, _: File) -> list[Outcome]:
-    return [Choose("tracking", "wandb"), Put("tracking.wandb.project", str(value))]
+# What switches each tracker on.
+TRACKERS = {
+    "wandb": ("wandb_project", "use_wandb"),
+    "mlflow": ("mlflow_experiment_name", "use_mlflow"),
+    "trackio": ("trackio_project_name", "use_trackio"),
+    "tensorboard": ("use_tensorboard",),
+}
 
 
-def _mlflow(value: Any, _: File) -> list[Outcome]:
-    return [Choose("tracking", "mlflow"), Put("tracking.mlflow.experiment", str(value))]
+def _tracking(file: File) -> list[tuple[str, Outcome]]:
+    """Several at once, where the file has several."""
+    on = {
+        name: next(key for key in keys if at(file, key))
+        for name, keys in TRACKERS.items()
+        if any(at(file, key) for key in keys) and at(file, keys[-1], True)
+    }
+    names = f"[{','.join(on)}]" if len(on) > 1 else "".join(on)
+    return [(", ".join(on.values()), Choose("tracking", names))] if on else []
+
+
+def _tracked(name: str, key: str) -> Entry:
+    return when(
+        lambda file: at(file, TRACKERS[name][0]) and at(file, TRACKERS[name][-1], True),
+        to(f"tracking.{name}.{key}"),
+        f"{name} does not follow",
+    )
 
 
 def _ring(value: Any, _: File) -> list[Outcome]:
@@ -246,11 +212,14 @@ TABLE: dict[str, Entry] = reasons.AXOLOTL | {
     "load_in_4bit": _bits("4bit"),
     "load_in_8bit": _bits("8bit"),
     "qat": _quantization_aware,
-    "rl": each({key: Choose("task", name) for key, name in TASKS.items()}, "soup has no such task"),
+    "rl": each(
+        {key: Choose("task", name) for key, name in TASKS.items()},
+        "soup has no such task, and trains sft as this stands",
+    ),
     "reward_model": each({True: Choose("task", "reward"), False: Same("off")}, "is neither true nor false"),
-    "datasets": _datasets,
-    "test_datasets": _eval,
-    "pretraining_dataset": _pretraining,
+    "datasets": datasets,
+    "test_datasets": held_out_files,
+    "pretraining_dataset": pretraining,
     "chat_template": each(
         {"tokenizer_default": Same("the tokenizer's own")},
         "soup renders with the tokenizer's own template, or model.chat_template=FILE",
@@ -266,7 +235,7 @@ TABLE: dict[str, Entry] = reasons.AXOLOTL | {
         True, why="soup's too", otherwise="soup shuffles rows; training.curriculum orders them"
     ),
     "dataset_exact_deduplication": same(False, why="off", otherwise="soup keeps rows that repeat"),
-    "val_set_size": _held_out,
+    "val_set_size": held_out_share,
     "output_dir": leave(PLACE),
     "hub_model_id": leave(HUB),
     "hub_strategy": leave(HUB),
@@ -293,7 +262,11 @@ TABLE: dict[str, Entry] = reasons.AXOLOTL | {
     "lora_o_kernel": nothing(SPEED),
     "sequence_len": to("data.max_length", whole),
     "excess_length_strategy": each(
-        {"drop": Put("data.on_too_long", "skip"), "truncate": Put("data.on_too_long", "truncate")},
+        {
+            "drop": Put("data.on_too_long", "skip"),
+            "truncate": Put("data.on_too_long", "truncate"),
+            "raise": Put("data.on_too_long", "refuse"),
+        },
         "soup truncates, skips or refuses",
     ),
     "sample_packing": switch("training.packing"),
@@ -355,26 +328,30 @@ TABLE: dict[str, Entry] = reasons.AXOLOTL | {
     ),
     "neftune_noise_alpha": to("training.neftune_alpha", float),
     "seed": to("training.seed", whole),
-    "wandb_project": _wandb,
-    "wandb_entity": when(
-        lambda file: at(file, "wandb_project"), to("tracking.wandb.entity"), "there is no wandb_project"
-    ),
+    "wandb_project": _tracked("wandb", "project"),
+    "wandb_entity": _tracked("wandb", "entity"),
+    "wandb_mode": _tracked("wandb", "mode"),
     "wandb_name": to("run.name"),
     "wandb_run_id": leave("a run's id is soup's, so that a resume goes on in the same run"),
     "wandb_watch": leave("soup sends what metrics.jsonl has, no gradients"),
     "wandb_log_model": leave("soup uploads no checkpoints to a tracker"),
-    "mlflow_experiment_name": _mlflow,
-    "mlflow_tracking_uri": when(
-        lambda file: at(file, "mlflow_experiment_name"), to("tracking.mlflow.uri"), "there is no mlflow_experiment_name"
+    "mlflow_experiment_name": _tracked("mlflow", "experiment"),
+    "mlflow_tracking_uri": _tracked("mlflow", "uri"),
+    "mlflow_run_name": to("run.name"),
+    "trackio_project_name": _tracked("trackio", "project"),
+    "trackio_run_name": to("run.name"),
+    "trackio_space_id": leave("soup's trackio keeps its database on this machine"),
+    **dict.fromkeys(
+        ("use_wandb", "use_mlflow", "use_trackio", "use_tensorboard"),
+        nothing("tracking says which follow the run"),
     ),
-    "use_tensorboard": each({True: Choose("tracking", "tensorboard"), False: Same("off")}, "unknown"),
     "deepspeed": deepspeed,
     "fsdp": _fsdp,
     "fsdp_config": _fsdp_config,
     "fsdp_version": nothing("soup shards with FSDP2"),
     "context_parallel_size": _ring,
     "sequence_parallel_degree": _ring,
-    "ddp_timeout": leave("soup keeps the library's limit on a collective operation"),
+    "ddp_timeout": to(TIMEOUT, whole),
     "special_tokens": leave(TOKENS),
     "tokens": leave(TOKENS),
     "unfrozen_parameters": leave("soup freezes whole layers from the bottom: training.freeze_layers"),
@@ -411,11 +388,16 @@ def _defaults(file: File) -> dict[str, Any]:
     }
     if at(file, "warmup_steps") is not None:
         del values["warmup_ratio"]
+    # It cuts plain text into rows of that length, none of which is too long.
+    if not at(file, "pretraining_dataset") and not any(
+        one.get("type") in ("completion", "pretrain") for one in at(file, "datasets", [])
+    ):
+        values["excess_length_strategy"] = "drop"
     return values
 
 
 def _finish(file: File) -> list[tuple[str, Outcome]]:
-    found: list[tuple[str, Outcome]] = []
+    found = _tracking(file)
     if not at(file, "adapter"):
         found.append(("adapter", Choose("lora", "none")))
     return found

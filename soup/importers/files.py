@@ -28,7 +28,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise Refused(
             Problem(key="import", value=str(path), why=why, fix="a YAML file of one of the four tools")
         ) from error

@@ -47,7 +47,8 @@ def _task(file: File) -> str | None:
 
 def _staged(_: Any, file: File) -> list[Outcome]:
     task = _task(file)
-    return [Leave("soup has no such task or preference loss") if task is None else Choose("task", task)]
+    why = "soup has no such task or preference loss, and trains sft as this stands"
+    return [Leave(why) if task is None else Choose("task", task)]
 
 
 def _of(*tasks: str, entry: Entry) -> Entry:
@@ -118,7 +119,7 @@ def _tuning(value: Any, file: File) -> list[Outcome]:
         kept = at(file, "freeze_trainable_layers", 2)
         why = f"soup freezes layers from the bottom: training.freeze_layers=(layers of the model - {kept})"
         return [Choose("lora", "none"), Leave(why)]
-    return [Leave("soup has adapters (LoRA) and all weights")]
+    return [Leave("soup has LoRA, which it trains as this stands, and all weights")]
 
 
 def _frozen(*_: Any) -> list[Outcome]:
@@ -289,6 +290,8 @@ def _defaults(file: File) -> dict[str, Any]:
     if _tunes(file) == "lora":
         rank = whole(at(file, "lora_rank", 8))
         values |= {"lora_rank": 8, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "lora_target": "all"}
+    if _task(file) == "pretrain":
+        values["packing"] = True
     if at(file, "use_galore", False):
         values |= {"galore_rank": 16, "galore_update_interval": 200, "galore_scale": 2.0}
     if _task(file) in ("dpo", "ipo", "orpo", "simpo", "kto"):

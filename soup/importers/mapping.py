@@ -142,6 +142,13 @@ def _flat(node: File, table: Mapping[str, Entry], prefix: str = "") -> Iterator[
             yield key, value
 
 
+def settle(found: Translated) -> None:
+    """Once it is known whether there are several processes."""
+    if TIMEOUT in found.put and found.chosen.get("distributed", ("none", ""))[0] == "none":
+        _, key = found.put.pop(TIMEOUT)
+        found.same[key] = "one process waits for no other"
+
+
 # Entries
 
 
@@ -227,6 +234,10 @@ OPTIMIZERS: dict[Any, list[Outcome] | Outcome] = {
     "adamw_torch": Choose("optim", "adamw"),
     "adamw_torch_fused": Choose("optim", "adamw"),
     "adamw_hf": Choose("optim", "adamw"),
+    "paged_adamw_32bit": [
+        Choose("optim", "adamw"),
+        Leave("soup's AdamW keeps its state where the weights are; optim=paged_adamw_8bit pages it"),
+    ],
     "adamw_8bit": Choose("optim", "adamw_8bit"),
     "adamw_bnb_8bit": Choose("optim", "adamw_8bit"),
     "paged_adamw_8bit": Choose("optim", "paged_adamw_8bit"),
@@ -237,7 +248,8 @@ OPTIMIZERS: dict[Any, list[Outcome] | Outcome] = {
 }
 OPTIMIZER = each(
     OPTIMIZERS,
-    "soup has no such optimizer; optim=adamw, adamw_8bit, adafactor, lion, muon, galore, schedule_free",
+    "soup has no such optimizer, and takes adamw; it has adamw_8bit, paged_adamw_8bit, adafactor, lion, muon, galore "
+    "and schedule_free too",
 )
 PLACE = "runs lie under run.root, each at the hash of its configuration"
 LOADER = "how rows are read makes no difference to what is learnt; soup has data.num_proc"
@@ -248,6 +260,9 @@ SHARDS = {
     "ds_z2_config": "zero2", "ds_z3_config": "zero3", "ds_z2_offload_config": "zero2_offload",
     "zero3_bf16": "zero3",
 }  # fmt: skip
+# As they are written for `fsdp`, in a list or with blanks between.
+FSDP = {"full_shard": "fsdp_full_shard", "shard_grad_op": "fsdp_shard_grad"}
+TIMEOUT = "distributed.timeout_s"  # which one process has not: `settle` takes it away there
 COUNT = "how many processes there are is not in this file: distributed.processes=N"
 
 
@@ -266,6 +281,17 @@ def deepspeed(value: Any, _file: File) -> list[Outcome]:
     if name not in ("zero2", "zero3", "zero2_offload"):
         return [Leave("not one of soup's; --deepspeed zero2, zero3 or zero2_offload says which is meant")]
     return [Choose("distributed", name)]
+
+
+def fsdp(value: Any, _file: File) -> list[Outcome]:
+    """transformers' `fsdp`."""
+    words = value.split() if isinstance(value, str) else [str(one) for one in value]
+    named = [FSDP[one] for one in words if one in FSDP]
+    if not words:
+        return [Same("off")]
+    if len(named) != 1:
+        return [Leave("soup shards all, or gradients and optimizer state: --fsdp full_shard or shard_grad")]
+    return [Choose("distributed", "fsdp_full_offload" if "offload" in words else named[0])]
 
 
 def warmup_steps(steps_key: str) -> Entry:

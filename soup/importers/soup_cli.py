@@ -105,10 +105,14 @@ def _ring(value: Any, _: File) -> list[Outcome]:
 
 TABLE: dict[str, Entry] = reasons.SOUP_CLI | {
     "base": lambda value, _: [Choose("model", "hub"), Put("model.base", str(value))],
-    "task": each({key: Choose("task", name) for key, name in TASKS.items()}, "soup has no such task"),
+    "task": each(
+        {key: Choose("task", name) for key, name in TASKS.items()},
+        "soup has no such task, and trains sft as this stands",
+    ),
     "modality": same("text", why="soup trains on text", otherwise="soup trains on text only"),
     "backend": each(
-        {name: Choose("backend", name) for name in ("transformers", "unsloth")}, "soup has no such backend"
+        {name: Choose("backend", name) for name in ("transformers", "unsloth")},
+        "soup has no such backend, and takes transformers",
     ),
     "output": to("run.root"),
     "experiment_name": to("run.name"),

@@ -12,6 +12,7 @@ from soup.importers.mapping import (
     PLACE,
     RESUME,
     SCHEDULER,
+    TIMEOUT,
     Choose,
     Entry,
     File,
@@ -25,6 +26,7 @@ from soup.importers.mapping import (
     deepspeed,
     each,
     flag,
+    fsdp,
     leave,
     nothing,
     same,
@@ -43,9 +45,11 @@ TASKS = {name: name for name in ("sft", "dpo", "kto", "orpo", "grpo", "reward")}
 RATES = {"sft": 2e-5, "dpo": 1e-6, "kto": 1e-6, "orpo": 1e-6, "grpo": 1e-6, "reward": 1e-4}
 PART = "soup reads a source as it is, its split train: write the part that is meant to a file"
 MIXED = "16-bit mixed precision; model.dtype=auto computes in bfloat16 where the hardware has it"
-NO_EVALUATION = same("no", why="no evaluation", otherwise="soup evaluates every training.eval_steps steps")
-STEPS = same(
-    "steps", why="soup counts steps", otherwise="soup counts steps: training.save_steps, training.eval_steps"
+EVALUATES = "soup evaluates where there are held-out rows"
+EPOCHS = "soup counts steps, and how many an epoch has is not in this file: training."
+
+EVALUATION = each(
+    {"steps": Same("soup counts steps"), "no": Same(EVALUATES), False: Same(EVALUATES)}, f"{EPOCHS}eval_steps"
 )
 
 # Arguments of transformers' that LLaMA-Factory's files have too.
@@ -55,7 +59,7 @@ ARGUMENTS: dict[str, Entry] = reasons.TRAINERS | {
     "resume_from_checkpoint": leave(RESUME),
     "run_name": to("run.name"),
     "do_train": nothing("soup trains"),
-    "do_eval": nothing("soup evaluates where there are held-out rows"),
+    "do_eval": nothing(EVALUATES),
     "do_predict": same(
         False, why="soup trains", otherwise="soup generate RUN --prompts FILE, after training"
     ),
@@ -79,18 +83,21 @@ ARGUMENTS: dict[str, Entry] = reasons.TRAINERS | {
     "warmup_steps": warmup_steps("max_steps"),
     "optim": OPTIMIZER,
     "logging_steps": to("training.logging_steps", whole),
-    "logging_strategy": STEPS,
+    "logging_strategy": same("steps", why="soup counts steps", otherwise=f"{EPOCHS}logging_steps"),
     "logging_first_step": same(
         False, why="off", otherwise="training.logging_steps=1 logs the first step too"
     ),
     "log_level": nothing("what is printed"),
     "save_steps": counted("training.save_steps"),
-    "save_strategy": STEPS,
+    "save_strategy": each(
+        {"steps": Same("soup counts steps"), "epoch": Leave(f"{EPOCHS}save_steps")},
+        "soup saves what a resume needs, every training.save_steps steps, and the model at its end",
+    ),
     "save_total_limit": leave("soup keeps the last two checkpoints"),
     "save_only_model": same(False, why="off", otherwise="soup's checkpoints hold what a resume needs"),
     "eval_steps": counted("training.eval_steps"),
-    "eval_strategy": STEPS,
-    "evaluation_strategy": STEPS,
+    "eval_strategy": EVALUATION,
+    "evaluation_strategy": EVALUATION,
     "seed": to("training.seed", whole),
     "data_seed": to("training.data_seed", whole),
     "bf16": lambda value, file: (
@@ -108,8 +115,9 @@ ARGUMENTS: dict[str, Entry] = reasons.TRAINERS | {
     "hub_strategy": leave(HUB),
     "hub_model_revision": leave(HUB),
     "dataloader_num_workers": leave(LOADER),
-    "ddp_timeout": leave("soup keeps the library's limit on a collective operation"),
+    "ddp_timeout": to(TIMEOUT, whole),
     "deepspeed": deepspeed,
+    "fsdp": fsdp,
     "neftune_noise_alpha": to("training.neftune_alpha", float),
     "use_liger_kernel": switch("training.use_liger"),
     "trust_remote_code": switch("model.trust_remote_code"),

@@ -145,7 +145,9 @@ def _failed(run: Run, console: Any, error: str, *, status: int = 1, **details: s
     except RecordError as unwritten:
         error += f"\n{unwritten}"
     if details:
+        broken = any(f"{kind}: " in error for kind in ("ImportError", "ModuleNotFoundError"))
         error = f"failed: {error}\nthe traceback is in {run.folder / 'log.txt'}"
+        error += "\n`soup doctor` says which package is broken, and what mends it" if broken else ""
     console.print(error, highlight=False, markup=False, soft_wrap=True)
     return status
 

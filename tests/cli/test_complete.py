@@ -39,6 +39,21 @@ def test_candidates(candidates, line, among):
     assert among in candidates(line)
 
 
+@pytest.mark.parametrize(
+    ("line", "all_of_them"),
+    [
+        ("soup runs sh", ["show"]),
+        ("soup runs ex", ["export"]),
+        ("soup runs show ", ["run.root="]),
+        ("soup import so", []),
+        ("soup chat lat", []),
+    ],
+)
+def test_what_composes_nothing_is_offered_no_keys(candidates, line, all_of_them):
+    """Files are the shell's own to complete."""
+    assert candidates(line) == all_of_them
+
+
 @pytest.mark.parametrize("line", ["soup a=b=c ta", "soup --config-dir /nowhere t", "soup --no-such-flag t"])
 def test_a_hopeless_line_has_no_candidates(candidates, line):
     assert "task=" not in candidates(line)
@@ -92,6 +107,12 @@ def test_bash_completes(program, line, programs):
 def test_fish_completes(program, line, programs):
     script = f"{program} --shell-completion install=fish | source; complete -C '{program} {line}'"
     assert LINES[line] in ask("fish", script, programs)
+
+
+def test_fish_completes_files_where_soup_has_nothing(programs, tmp_path):
+    (tmp_path / "mine.yaml").touch()
+    script = f"cd {tmp_path}; soup --shell-completion install=fish | source; complete -C 'soup import mi'"
+    assert "mine.yaml" in ask("fish", script, programs)
 
 
 @pytest.mark.parametrize("program", ["soup", "python -m soup"])

@@ -50,7 +50,14 @@ def test_composing_imports_nothing_heavy(tmp_path):
     [
         (KeyboardInterrupt(), 130, ""),
         (RecordError("outputs/abc"), 1, "soup: outputs/abc"),
+        (ModuleNotFoundError("No module named 'x'", name="x"), 2, "fix: pip install soup-launcher"),
+        (
+            ImportError("libx.so: no such file"),
+            2,
+            "environment: libx.so: no such file\n    fix: `soup doctor`",
+        ),
     ],
+    ids=repr,
 )
 def test_status_of_what_a_command_raises(shell, monkeypatch, error, status, said):
     def fail(_points, _args):
@@ -62,6 +69,14 @@ def test_status_of_what_a_command_raises(shell, monkeypatch, error, status, said
     assert result.status == status
     assert said in result.err
     assert "Traceback" not in result.err
+
+
+def test_without_hydra_every_command_says_what_is_missing(tmp_path):
+    program = "import sys; sys.modules['hydra'] = None; from soup.cli.main import console; console()"
+    for words in (["plan"], ["doctor"], []):
+        done = _python("-c", program, *words, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[1] == "    fix: pip install soup-launcher", done.stderr
 
 
 def test_the_status_of_a_command_is_returned(shell):

@@ -1,9 +1,12 @@
 """`hydra/sweeper=optuna`: the space that a command line spans, and points that depend on results and a seed alone."""
 
 import math
+import sys
 
 import pytest
 from optuna.trial import TrialState, create_trial
+
+from soup.cli.main import main
 
 SPACE = (
     "-m",
@@ -110,3 +113,10 @@ def test_a_search_that_cannot_be_is_refused(shell, argv, said):
     assert result.status == 2
     assert said in result.err
     assert shell.calls == []
+
+
+def test_without_optuna_a_search_is_refused(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "optuna", None)  # as it is where it is not installed
+    assert main(["--multirun", "hydra/sweeper=optuna", "lora.r=8,16"]) == 2
+    shown = capsys.readouterr().err
+    assert "needs optuna, which is not installed" in shown and "pip install 'soup-launcher[optuna]'" in shown

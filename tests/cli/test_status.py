@@ -108,6 +108,8 @@ def test_logs_of_all_points_of_one_and_of_a_failure(recorded, capsys):
         ]
     assert "Traceback\nValueError: first line" in shown(capsys, "logs", "2")
     assert shown(capsys, "logs", "5") == ""
+    assert main(["logs", "5"]) == 0
+    assert "has said nothing yet; `soup status" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from soup.cli import push as pushing
 from soup.cli.main import main
+from soup.cli.quiet import libraries_quiet
+from soup.errors import Problem, Refused
 
 TRAINED = ("model.dtype=float32", "training.max_steps=6", "optim.lr=2e-2", "training.logging_steps=3")
 
@@ -111,6 +116,43 @@ def test_what_is_streamed_comes_in_pieces_and_stops_when_left(finished):
     assert drawn[0] == drawn[1], "from the run's seed"
 
 
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [(None, False), (Refused(Problem(key="k", why="w", fix="f")), False), (RuntimeError("?"), True)],
+    ids=["done", "refused", "unforeseen"],
+)
+def test_what_libraries_say_is_shown_where_something_unforeseen_fails(error, shown, capfd):
+    def said():
+        with libraries_quiet():
+            os.write(2, b"a library's warning\n")
+            if error is not None:
+                raise error
+
+    if error is None:
+        said()
+    else:
+        with pytest.raises(type(error)):
+            said()
+    os.write(2, b"after it\n")
+    assert capfd.readouterr().err == ("a library's warning\n" if shown else "") + "after it\n"
+
+
+@pytest.mark.slow
+def test_nothing_but_answers_reaches_the_terminal(finished, tmp_path):
+    """In a process of its own, where torchao, torch and bitsandbytes say what they say when they are imported."""
+    run, root = finished()
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Who?"}\n')
+    for words, typed in (
+        (["generate", run.id, root, "--prompts", str(tmp_path / "p.jsonl"), "--max-tokens", "2"], ""),
+        (["chat", run.id, root, "--base", "--max-tokens", "2"], "\nWho?\n"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "soup", *words], input=typed, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, ""), done
+        assert done.stdout.startswith(("{", "base: ")), done.stdout
+
+
 REFUSED = {
     "no prompts": (["generate", "RUN"], "needs prompts", "--prompts FILE.jsonl"),
     "no such file": (["generate", "RUN", "--prompts", "none.txt"], "cannot be read", "a .jsonl or .txt file"),
@@ -174,14 +216,18 @@ class TestPush:
         (run.model / "adapter_config.json").write_text(json.dumps(content))
         return run
 
-    def test_offline(self, run, monkeypatch, capsys):
+    @pytest.mark.parametrize("kind", ["merged", "all weights"])
+    def test_offline(self, run, kind, monkeypatch, capsys):
         from huggingface_hub import constants
 
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        words = ["runs", "push", "--merged", run.id, "me/it", f"run.root={run.folder.parent}"]
-        assert main(words) == 2
+        if kind == "all weights":
+            (run.model / "adapter_config.json").unlink()
+        more = ["--merged"] if kind == "merged" else []
+        assert main(["runs", "push", *more, run.id, "me/it", f"run.root={run.folder.parent}"]) == 2
         shown = capsys.readouterr().err
-        assert "HF_HUB_OFFLINE is set, so no hub is asked" in shown and "unset HF_HUB_OFFLINE" in shown
+        assert "HF_HUB_OFFLINE is set, so no hub is asked" in shown
+        assert f"unset HF_HUB_OFFLINE; where no hub can be reached, copy {run.folder} to a machine" in shown
 
     def test_not_logged_in(self, run, monkeypatch, capsys):
         from huggingface_hub import constants
@@ -192,6 +238,20 @@ class TestPush:
         words = ["runs", "push", "--merged", run.id, "me/it", f"run.root={run.folder.parent}"]
         assert main(words) == 2
         assert "hf auth login" in capsys.readouterr().err
+
+    def test_a_hub_that_does_not_answer(self, run):
+        """A process of its own: the client reads where its hub is when it is imported."""
+        there = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_none", "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-m", "soup", "runs", "push", "--merged", run.id, "me/it"]
+            + [f"run.root={run.folder.parent}"],
+            env=os.environ | there,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert "http://127.0.0.1:9 does not answer: " in done.stderr and str(run.folder) in done.stderr
 
     def test_an_adapter_for_a_local_base_is_refused(self, run, capsys):
         assert main(["runs", "push", run.id, "me/it", f"run.root={run.folder.parent}"]) == 2

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from soup import schema
 from soup.cli import doctor as command
 from soup.cli.main import main
 from soup.device import resolve
-from soup.doctor.capabilities import CAPABILITIES
+from soup.doctor.capabilities import CAPABILITIES, SOUP, STACK, UNSLOTH
 from soup.doctor.examine import Finding, disk, examine
 
 BY_NAME = {capability.name: capability for capability in CAPABILITIES}
@@ -68,6 +68,27 @@ def test_a_module_that_hides_a_package_is_broken_and_named(tmp_path):
     assert found["mend"] == f"export PYTHONPATH={tmp_path}"
 
 
+def test_the_package_that_others_import_is_the_one_to_mend(tmp_path):
+    """PEFT imports torchao on the way, and neither it nor torch is broken."""
+    (tmp_path / "torchao").mkdir()
+    (tmp_path / "torchao/__init__.py").write_text("raise ImportError('libtorchao.so: no such file')")
+    about = tmp_path / "torchao-0.18.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: torchao\nVersion: 0.18.0\n")
+    (about / "top_level.txt").write_text("torchao\n")
+    found = asked("training", PYTHONPATH=str(tmp_path))["training"]
+    assert (found["state"], found["detail"]) == ("broken", "ImportError: libtorchao.so: no such file")
+    assert found["mend"] == "pip install --force-reinstall --no-deps torchao==0.18.0"
+
+
+def test_what_is_missing_brings_itself(monkeypatch):
+    """Unsloth's own command brings no TRL."""
+    monkeypatch.setitem(STACK, "no-such-package", "none")
+    one = replace(BY_NAME["Unsloth"], packages={"no-such-package": "none"})
+    both = replace(one, packages=one.packages | {"no-such-unsloth": "none"})
+    assert [found.mend for found in examine([one, both])] == [SOUP, f"{SOUP} && {UNSLOTH}"]
+
+
 def test_one_that_imports_and_does_nothing_is_broken(tmp_path):
     """What an import would have called installed."""
     lazy = "import torch\nclass GaLoreAdamW(torch.optim.SGD):\n def __init__(self, p, **_): super().__init__(p)\n"
@@ -92,7 +113,7 @@ def test_versions_that_do_not_fit(tmp_path):
     found = asked(PYTHONPATH=str(tmp_path))["versions"]
     assert found["state"] == "broken"
     assert "soup-launcher needs trl" in found["detail"] and "1.13.0 is installed" in found["detail"]
-    assert found["mend"].startswith("pip install 'trl<1.13")
+    assert found["mend"] == "pip install 'trl<1.13,>=1.12'", "what all ask for, once"
 
 
 def test_a_path_without_slurm(tmp_path):

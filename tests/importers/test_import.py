@@ -315,8 +315,138 @@ def test_a_value_that_soup_refuses_is_listed(capsys):
     assert any("no rows are named" in note for note in told["notes"])
 
 
+def left_of(tool, file):
+    return translate(TOOLS[tool], file).left
+
+
+CHATS = {"path": "a/b", "type": "chat_template"}
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ({"field_messages": "conversations", "message_property_mappings": {"role": "from", "content": "value"}}, ""),
+        ({"field_messages": "messages", "message_field_role": "role", "message_field_content": "content"}, ""),
+        ({"split": "train"}, ""),
+        ({"split": "train[:1%]"}, "(split)"),
+        ({"field_messages": "conversation"}, "(field_messages)"),
+        ({"field_messages": "conversations"}, "(field_messages)"),
+        ({"message_property_mappings": {"role": "from", "content": "value"}}, "(message_property_mappings)"),
+        ({"type": "alpaca"}, "without Alpaca's own words around them"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_columns_of_axolotls_sources(source, why):
+    """Listed where soup would read them otherwise: not as long as they are the usual ones."""
+    left = left_of("axolotl", {"base_model": "m", "datasets": [CHATS | source]})
+    assert left.get("datasets", "").endswith(why) and bool(why) == ("datasets" in left)
+
+
+def test_axolotl_drops_what_is_too_long_unless_it_cuts_text():
+    chats = translate(TOOLS["axolotl"], {"base_model": "m", "datasets": [CHATS]})
+    assert chats.put["data.on_too_long"] == ("skip", "axolotl's default")
+    for file in ({"datasets": [{"path": "a", "type": "completion"}]}, {"pretraining_dataset": "a"}):
+        assert "data.on_too_long" not in translate(TOOLS["axolotl"], {"base_model": "m"} | file).put
+    raises = translate(TOOLS["axolotl"], {"base_model": "m", "excess_length_strategy": "raise"})
+    assert raises.put["data.on_too_long"][0] == "refuse"
+
+
+def test_axolotls_trackers(capsys):
+    file = {
+        "base_model": "m",
+        "wandb_project": "p",
+        "trackio_project_name": "q",
+        "mlflow_experiment_name": "",
+    }
+    Path("a.yml").write_text(yaml.safe_dump(file | {"learning_rate": 1e-4}))
+    assert main(["import", "a.yml", "--from", "axolotl", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["choices"]["tracking"] == "[wandb,trackio]"
+    assert told["keys"]["tracking.wandb.project"] == "p" and told["keys"]["tracking.trackio.project"] == "q"
+    off = translate(TOOLS["axolotl"], {"base_model": "m", "use_wandb": False, "wandb_project": "p"})
+    assert "tracking" not in off.chosen and "wandb_project" in off.same
+
+
+def test_llama_factory_packs_what_it_pretrains_on():
+    file = {"model_name_or_path": "m", "stage": "pt"}
+    assert translate(TOOLS["llamafactory"], file).put["training.packing"] == (True, "LLaMA-Factory's default")
+    assert "training.packing" not in translate(TOOLS["llamafactory"], file | {"stage": "sft"}).put
+    assert not translate(TOOLS["llamafactory"], file | {"packing": False}).put["training.packing"][0]
+
+
+@pytest.mark.parametrize(
+    ("more", "flags", "seconds"),
+    [({}, [], None), ({}, ["--deepspeed", "zero2"], 7200), ({"fsdp": "full_shard auto_wrap"}, [], 7200)],
+    ids=["one process", "a flag", "the file"],
+)
+def test_how_long_processes_wait(more, flags, seconds, capsys):
+    file = {"model_name_or_path": "m", "stage": "sft", "ddp_timeout": 7200}
+    Path("f.yaml").write_text(yaml.safe_dump(file | more))
+    assert main(["import", "f.yaml", *flags, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["keys"].get("distributed.timeout_s") == seconds
+    assert ("ddp_timeout" in told["same"]) == (seconds is None) and "ddp_timeout" not in told[
+        "without_counterpart"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "choice"),
+    [
+        ("full_shard auto_wrap", "fsdp_full_shard"),
+        (["shard_grad_op"], "fsdp_shard_grad"),
+        ("full_shard offload", "fsdp_full_offload"),
+        ("hybrid_shard", None),
+    ],
+)
+def test_transformers_fsdp(value, choice):
+    found = translate(TOOLS["trl"], {"model_name_or_path": "m", "fsdp": value, TASK: "sft"})
+    assert found.chosen.get("distributed", (None,))[0] == choice
+    assert ("fsdp" in found.left) == (choice is None)
+
+
+def test_when_the_alignment_handbooks_evaluate_and_save():
+    def left(**keys):
+        return left_of("trl", {"model_name_or_path": "m", TASK: "sft"} | keys)
+
+    assert "eval_strategy" not in left(eval_strategy="no")
+    assert left(eval_strategy="epoch")["eval_strategy"].endswith("not in this file: training.eval_steps")
+    assert left(save_strategy="epoch")["save_strategy"].endswith("not in this file: training.save_steps")
+    assert left(save_strategy="no")["save_strategy"].startswith("soup saves what a resume needs")
+
+
+def test_an_optimizer_that_pages_is_its_own_and_the_paging_listed():
+    found = translate(TOOLS["axolotl"], {"base_model": "m", "optimizer": "paged_adamw_32bit"})
+    assert found.chosen["optim"][0] == "adamw" and "paged_adamw_8bit" in found.left["optimizer"]
+    assert (
+        "and takes adamw"
+        in left_of("axolotl", {"base_model": "m", "optimizer": "adamw_torch_4bit"})["optimizer"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("tool", "file", "key"),
+    [
+        ("soup-cli", {"base": "m", "task": "bco"}, "task"),
+        ("axolotl", {"base_model": "m", "rl": "ebft"}, "rl"),
+        ("llamafactory", {"model_name_or_path": "m", "stage": "dpo", "pref_loss": "hinge"}, "stage"),
+    ],
+)
+def test_a_task_that_soup_has_not_says_what_is_trained(tool, file, key):
+    assert left_of(tool, file)[key].endswith("trains sft as this stands")
+
+
+def test_a_file_that_names_no_model_says_what_would_be_taken(capsys):
+    Path("v1.yaml").write_text(
+        "model: m\nlearning_rate: 1.0e-4\n"
+    )  # LLaMA-Factory's v1, which is another format
+    assert main(["import", "v1.yaml", "--from", "llamafactory", "--json"]) == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    assert any("no model is named in this file (model_name_or_path)" in note for note in notes)
+
+
 REFUSED = {
-    "no file": (["nowhere.yaml"], "nowhere.yaml", "a YAML file"),
+    "no file": (["nowhere.yaml"], "nowhere.yaml: No such file or directory", "a YAML file"),
     "nothing": ([], "takes one file", "soup import soup.yaml"),
     "not YAML": (["bad.yaml"], "bad.yaml", "a YAML file"),
     "nobody's": (["other.yaml"], "no key that tells", "--from soup-cli"),

@@ -276,6 +276,12 @@ def test_a_phone_and_the_dark(show, twelve):
     assert one.js("return document.documentElement.scrollWidth - innerWidth") <= 0, (
         "the page scrolls down only"
     )
+    one.click("#table tbody tr td a")
+    one.click("details.run[open] ~ details summary, details.run[open] details summary")
+    value = "document.querySelector('.settings td:nth-child(3)')?.getBoundingClientRect()"
+    assert one.until(f"{value}?.width && {value}")["right"] <= 390, (
+        "what is in force is seen without scrolling"
+    )
     ground = one.js("return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
     assert max(ground) < 60
     assert min(one.js("return getComputedStyle(document.body).color.match(/\\d+/g).map(Number)")) > 180

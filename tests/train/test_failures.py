@@ -71,6 +71,14 @@ def test_an_unexpected_error_is_short_on_screen_and_long_in_the_folder(tree, pla
     assert not run.model.exists()
 
 
+def test_a_package_that_is_broken_sends_to_doctor(tree, place, server):
+    code = BROKEN_STEP.replace("ZeroDivisionError", "ImportError")
+    status, shown = ended(server(place(tree()), code=code))
+    assert status == 1 and "Traceback" not in shown
+    assert "failed: ImportError: in the middle of a step\n" in shown
+    assert shown.rstrip().endswith("`soup doctor` says which package is broken, and what mends it")
+
+
 def test_a_setting_without_effect_stops_the_run_before_its_first_step(tree, place, server):
     run = place(tree("optim.lr=1e-3"))
     status, shown = ended(server(run, code=DEAF))
