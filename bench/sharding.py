@@ -2,10 +2,10 @@
 
     .venv/bin/python bench/sharding.py [--processes 1 2 4] [--only WORD]
 
-A random Llama of 5 million parameters, all of whose weights train in float32, takes two steps under torchrun's agent.
+A random Llama of 30 million parameters, all of whose weights train in float32, takes two steps under torchrun's agent.
 Each process counts what it holds, tensor by tensor: weights when the forward pass ends, averaged gradients before the
-update, and the optimizer's state (with ZeRO's float32 copies). Predicted are the same parts of `soup plan`. Status 1
-where a prediction is more than LIMIT off.
+update, and the optimizer's state (with ZeRO's float32 copies); and it reads its peak resident memory. Predicted are the
+same parts of `soup plan`, and its peak. Status 1 where a prediction is more than LIMIT off.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ sys.path.insert(0, str(CHECKOUT))
 
 LIMIT = 0.1
 WAYS = ("ddp", "zero2", "zero3", "zero2_offload", "fsdp_full_shard", "fsdp_shard_grad", "fsdp_full_offload")
-PARTS = ("weights", "gradients", "optimizer")
-SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 8}
+PARTS = ("weights", "gradients", "optimizer", "peak")
+SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
 
 
 def worker(folder: Path) -> None:
@@ -36,6 +36,7 @@ def worker(folder: Path) -> None:
     from soup.schema import check
     from soup.train import ranks
     from soup.train.job import prepare_run
+    from soup.train.memory import peak_memory_bytes
 
     run = Run(folder)
     built = prepare_run(run, check(run.tree()))
@@ -72,6 +73,7 @@ def worker(folder: Path) -> None:
 
         built.trainer._update = step
     built.trainer.train()
+    held["peak"] = peak_memory_bytes()
     (folder / f"held.{ranks.rank()}.json").write_text(json.dumps(held))
     ranks.leave()
 
@@ -124,7 +126,7 @@ def model(folder: Path) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
     fast.save_pretrained(folder)
     LlamaForCausalLM(
-        LlamaConfig(vocab_size=1024, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, **SIZES)
+        LlamaConfig(vocab_size=4096, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, **SIZES)
     ).save_pretrained(folder)
     return folder
 
@@ -147,6 +149,7 @@ def measure(words: list[str], processes: int, folder: Path) -> tuple[dict[str, A
         return run, one.plan.to_dict()["memory"]
 
     run, planned = drive(parse(words), placed)
+    planned["peak"] = sum(planned.values())
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = torchrun if processes > 1 else []
     start = ["-m", *command] if command else []

@@ -121,6 +121,7 @@ EXPERTS = {
         "router_aux_loss_coef": 0.02,
     },
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 32, "num_key_value_heads": 2, "head_dim": 16},
+    "olmoe": {"num_experts": 4, "num_key_value_heads": 2},
     "deepseek_v3": {  # latent attention, a dense layer below, a shared expert
         "n_routed_experts": 4,
         "moe_intermediate_size": 32,

@@ -10,6 +10,9 @@ from soup.model.attention import RING_KEY, described
 from soup.rope import current
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+# Families whose classes in transformers 5.17 have an attention of their own, without its interface.
+OWN = {"biogpt", "bloom", "codegen", "cpmant", "falcon", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt"}
+OWN |= {"openai-gpt", "stablelm", "xglm"}
 STATES = ("layers_block_type", "hybrid_override_pattern", "attn_layer_period", "ssm_cfg", "mamba_d_state")
 
 
@@ -36,6 +39,8 @@ def obstacle(model: Mapping[str, Any], longest: int | None) -> tuple[str, str] |
         return f"{name} has layers of {other[0]}, which hand on more than keys and values", ""
     if any(model.get(key) for key in STATES):
         return f"{name} has layers that hand on a state, beside its keys and values", ""
+    if model.get("model_type") in OWN and not model.get("auto_map"):
+        return f"{name} does not take its attention from transformers' interface", "another model, or "
     window = window_of(model)
     if window is not None and longest is not None and window < longest:
         return (

@@ -124,7 +124,9 @@ def peak(
         "gradients": gradients * shared["gradients"],
         "optimizer": optimizer_bytes(config, decoder, trainable + task.trained_models * decoder.total)
         * shared["optimizer"],
-        **_of_spreading(spread, decoder, weights=weights, gradients=gradients, trainable=trainable),
+        **_of_spreading(
+            spread, decoder, device.kind, weights=weights, gradients=gradients, trainable=trainable
+        ),
         "activations": ALLOCATOR * activations,
         "logits": logits,
         "runtime": RUNTIME_BYTES[device.kind],
@@ -160,22 +162,25 @@ def _share(spread: DistributedSpec) -> dict[str, float]:
 
 
 def _of_spreading(
-    spread: DistributedSpec, decoder: Shape, *, weights: float, gradients: float, trainable: int
+    spread: DistributedSpec, decoder: Shape, kind: str, *, weights: float, gradients: float, trainable: int
 ) -> dict[str, float]:
     """Bytes that a model takes only because it is spread: buckets in which gradients are summed, ZeRO's copies of what
     trains, in float32, and weights that are gathered for a while.
 
-    ZeRO-3 keeps a number of them; FSDP2 what lies outside the layers, one layer and the next.
+    ZeRO-3 keeps a number of them; FSDP2 what lies outside the layers, one layer and the next. DeepSpeed sums a flat
+    copy of its bucket, of which gloo makes another to scatter it, and copies what ZeRO-3 has gathered out of the
+    buffer that it came in (deepspeed.runtime.zero.partition_parameters.AllGatherCoalescedHandle.wait).
     """
     cut = "weights" in spread.shards
     if spread.spread == "ddp":
         return {"buckets": gradients}
     if spread.spread == "deepspeed":
-        share = min(1.0, ZERO_BUCKET / decoder.total)
+        gathered = min(1.0, ZERO_BUCKET / decoder.total) * weights if cut else 0.0
+        copies = 3 if cut and kind == "cpu" else 2
         return {
             "float32 copies": 4 * trainable / spread.world,
-            "buckets": min(gradients, 4 * ZERO_BUCKET),
-            **({"gathered": share * weights} if cut else {}),
+            "buckets": copies * min(gradients, 4 * ZERO_BUCKET) + gathered,
+            **({"gathered": gathered} if cut else {}),
         }
     if spread.spread == "fsdp" and cut:
         layer = (decoder.total - decoder.outside) / decoder.layers

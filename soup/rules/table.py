@@ -403,8 +403,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         key="distributed",
         when={"task": "ppo", "distributed": Not("none")},
-        why="TRL 1.12's PPO reads policy and value model through one wrapper, which several processes hide",
+        why="TRL 1.12's PPO reads `model.policy`, which a model of several processes does not have, and whitens"
+        " advantages among the answers of one process, so several would learn something else than one",
         fix="distributed=none",
+        source="trl.experimental.ppo.PPOTrainer.train",
     ),
     Rule(
         key="longctx.use_ring_attention",

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,31 @@ class Resumable:
         if self.watchdog is not None:
             self.watchdog.saw(loss)
         return loss
+
+    def compute_loss(self, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+        by_tokens = named.get("num_items_in_batch") is not None and self.model_accepts_loss_kwargs
+        with self._balanced() if by_tokens else nullcontext():
+            return super().compute_loss(model, inputs, *rest, **named)
+
+    @contextmanager
+    def _balanced(self) -> Iterator[None]:
+        """Within, the balancing loss of an MoE model is its part of a step's mean over batches and processes.
+
+        transformers divides the loss of tokens by those of the whole step, adds the balancing loss of each batch in
+        full, and multiplies both by the number of processes.
+        """
+        parts = ranks.world() * (self.current_gradient_accumulation_steps if self.model.training else 1)
+        base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        name = "router_aux_loss_coef"
+        kept = [(one, getattr(one, name, None)) for one in (base, base.config.get_text_config())]
+        kept = [(one, weight) for one, weight in kept if weight is not None]
+        try:
+            for one, weight in kept:
+                setattr(one, name, weight / parts)
+            yield
+        finally:
+            for one, weight in kept:
+                setattr(one, name, weight)
 
     def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is not None:

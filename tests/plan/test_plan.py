@@ -163,6 +163,8 @@ def test_memory_goes_where_it_should(compose):
     two = planned(compose, "lora=none", "distributed=zero2", "distributed.processes=2")
     assert two.memory["weights"] == whole.memory["weights"]
     assert two.memory["optimizer"] * 2 == pytest.approx(whole.memory["optimizer"], abs=4)
+    buckets = 1.5 * two.memory["buckets"] + sharded.memory["gathered"]  # scattered by gloo, and gathered
+    assert sharded.memory["buckets"] == pytest.approx(buckets, abs=4)
 
 
 AWARE = ("model.quantization=4bit", "model.quantization_aware=true")

@@ -49,6 +49,27 @@ def test_it_trains_with_every_effect_proved(expert_model, tree, place, server, s
     assert wrong == {} and run.state() == "finished"
 
 
+@pytest.mark.parametrize(
+    "processes", [1, pytest.param(2, marks=pytest.mark.slow)], ids=["accumulated", "two processes"]
+)
+@pytest.mark.parametrize("kind", ["mixtral", pytest.param("olmoe", marks=pytest.mark.slow)])
+def test_the_balancing_loss_weighs_as_much_in_parts(
+    expert_model, tree, place, server, several, kind, processes
+):
+    """One batch of four rows, or two of two: the balancing loss is a mean of two, and nearly the same."""
+    words = (f"model.base={expert_model(kind)}", "task=pretrain", "lora=none", "model.dtype=float32")
+    words += ("training.max_steps=2", "training.logging_steps=1", "training.moe_aux_loss_coeff=3.0")
+    whole, parts = place(tree(*words)), ["training.batch_size=2"]
+    parts += ["distributed=ddp"] if processes == 2 else ["training.gradient_accumulation_steps=2"]
+    cut = place(tree(*words, *parts))
+    for run, process in ((whole, server(whole)), (cut, several(cut, 2) if processes == 2 else server(cut))):
+        assert process.wait() == 0, process.stdout.read()
+        assert run.state() == "finished"
+    losses = [[line["loss"] for line in run.lines() if "loss" in line] for run in (whole, cut)]
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+    assert losses[0][0] > 9  # the balancing loss is about 2, thrice
+
+
 def logits(model):
     import torch
 
