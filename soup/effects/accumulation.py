@@ -27,9 +27,9 @@ def divided(built: Any) -> Iterator[Effect]:
     if built.config.distributed.spread in ("fsdp", "deepspeed") or built.config.longctx.use_ring_attention:
         return
     if hasattr(built.trainer, "policy"):  # TRL's PPO has a loop of its own, and leaves it to accelerate
-        one = torch.ones(1, requires_grad=True)
+        one = torch.ones(1, device=built.trainer.args.device, requires_grad=True)
         built.trainer.accelerator.backward(one.sum())
-        share, off = float(one.grad), 0.0
+        share, off = float(one.grad) / _scale(built), 0.0
     else:
         try:
             share, off = _share(built)
@@ -72,14 +72,18 @@ def _share(built: Any) -> tuple[float, float]:
                 _, items = trainer.get_batch_samples(iter([batch] * steps), steps, trainer.args.device)
             torch.manual_seed(0)
             shadow.training_step(model, given, items)
-            part = largest.grad.detach().double()
-            if trainer.accelerator.scaler is not None:
-                part = part / trainer.accelerator.scaler.get_scale()
+            part = largest.grad.detach().double() / _scale(built)
         finally:
             for parameter in parameters:
                 parameter.grad = None
     share = float((part * whole).sum() / whole.pow(2).sum())
     return share, float((part - share * whole).norm() / part.norm().clamp(min=1e-30))
+
+
+def _scale(built: Any) -> float:
+    """Of losses in float16, whose gradients would be too small."""
+    scaler = built.trainer.accelerator.scaler
+    return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def _batch(built: Any) -> dict[str, Any]:
