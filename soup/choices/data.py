@@ -42,5 +42,5 @@ def auto(
         max_samples=max_samples,
         num_proc=num_proc,
         streaming=streaming,
-        effects=("data:rows", "data:samples", "data:sequence_length", "sources:shares"),
+        effects=("data:rows", "data:samples", "data:sequence_length", "formats:learnt", "sources:shares"),
     )

@@ -198,7 +198,7 @@ def grpo(
             "loss_type": loss_type,
             "reward_weights": reward_weights,
         },
-        effects=("task:group_loss", "task:generation", "task:reward_functions"),
+        effects=("task:group_loss", "answers:sampled", "answers:scored"),
     )
 
 

@@ -90,6 +90,7 @@ def training(
         effects=(
             "loop:length",
             "loop:batch",
+            "accumulation:divided",
             "loop:clipping",
             "loop:seed",
             "loop:data_order",

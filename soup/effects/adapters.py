@@ -79,6 +79,7 @@ def adapter(built: Any) -> Iterator[Effect]:
 
 def trainable(built: Any) -> Iterator[Effect]:
     """Parameters that train: all of them without adapters, those of the adapters alone with them."""
+    optimizer(built)  # whatever making it does to the model has been done
     trains = {name: p.numel() for name, p in built.model.named_parameters() if p.requires_grad}
     total = sum(p.numel() for p in built.model.parameters())
     if built.config.lora.r is None:

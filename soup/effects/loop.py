@@ -10,7 +10,7 @@ from copy import deepcopy
 from typing import Any
 
 from soup.effects import Effect, as_it_was, same
-from soup.effects.optimizer import max_steps
+from soup.effects.optimizer import max_steps, optimizer
 from soup.effects.sources import first_batch, in_order, is_stream
 
 
@@ -64,7 +64,7 @@ def batch(built: Any) -> Iterator[Effect]:
 
 
 def clipping(built: Any) -> Iterator[Effect]:
-    """Scales a known gradient through the trainer's own clipping: its norm afterwards."""
+    """Scales a known gradient of two tensors through the trainer's own clipping: its norm afterwards."""
     import torch
 
     trainer = built.trainer
@@ -73,12 +73,15 @@ def clipping(built: Any) -> Iterator[Effect]:
     if wanted == 0:
         yield same(key, 0, trainer.args.max_grad_norm, "the loop clips above 0 only")
         return
-    probe = next(p for p in built.model.parameters() if p.requires_grad)
+    trained = [p for p in built.model.parameters() if p.requires_grad]
+    probes = trained[:1] + trained[1:][-1:]  # two of one size: a norm for each would let more pass
     size = min(max(2 * wanted, 1.0), 1e12)  # torch adds 1e-6 to the norm, and float32 squares it
-    probe.grad = torch.full_like(probe, size * probe.numel() ** -0.5)
+    for probe in probes:
+        probe.grad = torch.full_like(probe, size * (len(probes) * probe.numel()) ** -0.5)
     trainer._clip_grad_norm(built.model)
-    norm = float(probe.grad.norm())
-    probe.grad = None
+    norm = math.hypot(*(float(probe.grad.norm()) for probe in probes))
+    for probe in probes:
+        probe.grad = None
     ok = abs(norm - min(wanted, size)) <= 1e-2 * min(wanted, size)
     yield Effect(key, wanted, round(norm, 9), ok, f"norm of a gradient of norm {size:g}, after clipping")
 
@@ -287,24 +290,40 @@ def neftune(built: Any) -> Iterator[Effect]:
     model, wanted = built.model, built.config.training.neftune_alpha
     embedding = model.get_input_embeddings()
     ids_1T = torch.arange(16, device=embedding.weight.device)[None]
-    found = {}
+    found, drawn = {}, []
     with as_it_was(model):
         torch.manual_seed(0)
-        for training, grad in ((True, True), (True, False), (False, True)):
+        for training, grad in ((True, True), (True, True), (True, False), (False, True)):
             embedding.train(training)
             with torch.set_grad_enabled(grad):
                 clean_1TD = embedding.forward(ids_1T)  # without hooks
                 noise_1TD = (embedding(ids_1T) - clean_1TD).detach().float()
             found[training, grad] = float(noise_1TD.abs().max()) * noise_1TD[0].numel() ** 0.5
+            drawn.append(noise_1TD)
+        alike = torch.equal(drawn[0], drawn[1]) or _alike(built, embedding, ids_1T)
     learns = found.pop((True, True))
     quiet = not any(found.values())
     if built.trainer.neftune_noise_alpha:  # transformers' own, which begins with the training
         learns += built.trainer.neftune_noise_alpha
     rounding = torch.finfo(embedding.weight.dtype).eps * float(clean_1TD.detach().abs().max())
     above = wanted * 1.01 + rounding * (16 * embedding.weight.shape[1]) ** 0.5
-    ok = quiet and (0.9 * wanted <= learns <= above if wanted else learns == 0)
+    ok = quiet and (not alike and 0.9 * wanted <= learns <= above if wanted else learns == 0)
     how = f"largest noise x sqrt(L d) is {learns:.4g} where it learns, {max(found.values()):.4g} elsewhere"
+    if wanted:
+        how += f"; two passes of the model are {'alike' if alike else 'not alike'}"
     yield Effect("training.neftune_alpha", wanted, wanted if ok else round(learns, 4), ok, how)
+
+
+def _alike(built: Any, embedding: Any, ids_1T: Any) -> bool:
+    """Whether two passes of the model give the same, though its embedding, and no other module, is training."""
+    model = built.model
+    if not built.config.training.neftune_alpha:
+        return True
+    model.eval()
+    embedding.train()
+    with built.trainer.accelerator.autocast():
+        one, other = (model(input_ids=ids_1T, use_cache=False).logits.detach() for _ in range(2))
+    return bool((one == other).all())
 
 
 def freezing(built: Any) -> Iterator[Effect]:
@@ -312,8 +331,9 @@ def freezing(built: Any) -> Iterator[Effect]:
     from soup.model.freeze import stack
 
     training = built.config.training
+    stepped = {id(p) for group in optimizer(built).param_groups for p in group["params"]}
     layers = stack(built.model)[1]
-    trains = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
+    trains = [any(p.requires_grad or id(p) in stepped for p in layer.parameters()) for layer in layers]
     adapted = [any("lora_" in name for name, _ in layer.named_parameters()) for layer in layers]
     asked = training.frozen(len(layers))
     above = trains[asked:]

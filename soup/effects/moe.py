@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ PARTS = {
     "up_proj": ("gate_up_proj", 1, 2),
     "down_proj": ("down_proj", 0, 1),
 }
+NEAR = 2e-2  # of what an adapter adds, in 16 bits
 PARTS |= {"w1": PARTS["gate_proj"], "w3": PARTS["up_proj"], "w2": PARTS["down_proj"]}
 
 
@@ -41,9 +43,11 @@ def experts(built: Any) -> Iterator[Effect]:
         on = {id(_parameter(m)) for m in shaped}
         ok = bool(above) and on == {id(p) for p in above.values()} and len(shaped) == len(wrapped)
         reached, why = _reached(built, wrapped)
+        off = _off(built, wrapped)
         how = f"{len(on)} of {len(above)} parameters of {number} experts have A and B of rank {spec.r} for each expert"
         how += f"; a backward pass reaches {reached} of {len(wrapped)}{why}"
-        ok = ok and reached == len(wrapped)
+        how += f"; what they add to experts is {off:.1e} of its size off"
+        ok = ok and reached == len(wrapped) and off <= NEAR
         yield Effect(key, asked, ok if ok else f"on {len(on)} of {len(above)}", ok, how)
     if number and spec.r is not None:
         routing = routers(model)
@@ -188,21 +192,69 @@ def _above(built: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _reached(built: Any, wrapped: Mapping[str, Any]) -> tuple[int, str]:
-    """How many wrappers' B have a gradient that is not zero after a backward pass of a few tokens."""
+    """How many wrappers' B have a gradient that is not zero for each expert, after a backward pass of a few tokens that
+    pass them all."""
     model = built.model
     ids_1T = torch.arange(1, 65, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
-    with as_it_was(model), built.trainer.accelerator.autocast():
+    with as_it_was(model), every_expert(built), built.trainer.accelerator.autocast():
         model.eval()
         try:
             with torch.enable_grad():
                 model(input_ids=ids_1T, use_cache=False).logits.float().square().sum().backward()
-            found = [[side.weight.grad for side in m.lora_B.values()] for m in wrapped.values()]
-            return sum(all(g is not None and bool(g.any()) for g in grads) for grads in found), ""
+            found = [
+                (m.num_experts, [one.weight.grad for one in m.lora_B.values()]) for m in wrapped.values()
+            ]
+            # Where some router passes tokens to few experts all the same, one expert stands for all.
+            every = all if all(hasattr(one, "top_k") for one in routers(model).values()) else any
+            # PEFT has the experts of each of B's ranks side by side.
+            return sum(
+                all(g is not None and every(g.unflatten(1, (-1, experts)).any(1).any(0)) for g in grads)
+                for experts, grads in found
+            ), ""
         except Exception as error:  # noqa: BLE001
             return 0, f" ({type(error).__name__}: {error})".splitlines()[0]
         finally:
             for parameter in model.parameters():
                 parameter.grad = None
+
+
+def _off(built: Any, wrapped: Mapping[str, Any]) -> float:
+    """Distance of what the first adapter of each name adds to its first and its last expert, while the model runs, from
+    the scaled product of B and A, over that product's norm."""
+    from soup.effects.undisturbed import undisturbed
+
+    chosen = {m.parameter_name: m for m in reversed(wrapped.values())}
+    kept, found = {name: m.lora_B["default"].weight.detach().clone() for name, m in chosen.items()}, {}
+
+    def look(name: str, experts: Any, _: Any) -> None:
+        found[name] = getattr(experts, name)[[0, -1]].detach().clone()
+
+    worst = 0.0
+    handles = []
+    try:
+        with undisturbed(built), every_expert(built):
+            plain = {name: _parameter(m)[[0, -1]].detach().clone() for name, m in chosen.items()}
+            for name, module in chosen.items():
+                up_OR = module.lora_B["default"].weight
+                up_OR.copy_(torch.sin(torch.arange(up_OR.numel(), device=up_OR.device)).view_as(up_OR))
+                handles.append(module.get_base_layer().register_forward_pre_hook(partial(look, name)))
+            built.model(input_ids=torch.arange(1, 9, device=built.model.device)[None], use_cache=False)
+            for name, module in chosen.items():
+                experts = module.num_experts
+                down_ERI = module.lora_A["default"].weight.unflatten(0, (experts, -1))
+                up_ERO = module.lora_B["default"].weight.unflatten(1, (-1, experts)).permute(2, 1, 0)
+                for place, expert in enumerate((0, -1)):
+                    right_OI = module.scaling["default"] * up_ERO[expert].T @ down_ERI[expert]
+                    live = (found[name] - plain[name])[place]
+                    live_OI = live.T if getattr(module.get_base_layer(), "is_transposed", False) else live
+                    worst = max(worst, float((live_OI - right_OI).norm() / right_OI.norm()))
+    finally:
+        for handle in handles:
+            handle.remove()
+        with torch.no_grad():
+            for name, module in chosen.items():
+                module.lora_B["default"].weight.copy_(kept[name])
+    return worst
 
 
 def _own(built: Any) -> float | None:

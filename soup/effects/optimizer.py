@@ -129,11 +129,12 @@ def schedule_free(built: Any) -> Iterator[Effect]:
         return (1 - beta1) * z + beta1 * x
 
     yield _steps(built, steps)
-    yield from _held(built, {"beta1": beta1, "beta2": beta2, "eps": eps})
+    yield from _held(built, {"beta1": beta1, "beta2": beta2, "eps": eps}, steps)
 
 
 def galore(built: Any) -> Iterator[Effect]:
-    """GaLore (arXiv:2403.03507, algorithm 2) with Adam: which weights are projected, to which rank, and two steps."""
+    """GaLore (arXiv:2403.03507, algorithm 2) with Adam, and the epsilon of its paper's faster form (arXiv:1412.6980,
+    section 2): which weights are projected, to which rank, and two steps."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
@@ -147,17 +148,19 @@ def galore(built: Any) -> Iterator[Effect]:
         moment = square = moved = 0.0
         for count, gradient in enumerate(gradients, 1):
             if (count - 1) % gap == 0:
-                basis_Rn = torch.linalg.svd(gradient.double()).Vh[:rank].to(gradient.dtype)
+                # As the library takes it: after another sign or rotation the moment is another.
+                basis_Rn = torch.linalg.svd(gradient, full_matrices=False).Vh[:rank]
             low = gradient @ basis_Rn.T
             moment = beta1 * moment + (1 - beta1) * low
             square = beta2 * square + (1 - beta2) * low**2
-            step = moment / (1 - beta1**count) / ((square / (1 - beta2**count)) ** 0.5 + eps)
+            rest = 1 - beta2**count
+            step = moment / (1 - beta1**count) / ((square / rest) ** 0.5 + eps / rest**0.5)
             moved = moved - scale * step @ basis_Rn
         return moved
 
     live = optimizer(built)
     yield _steps(built, steps, state_bytes=8 * min(rank, SIDE) / SIDE)
-    yield from _held(built, {"beta1": beta1, "beta2": beta2, "eps": eps})
+    yield from _held(built, {"beta1": beta1, "beta2": beta2, "eps": eps}, steps)
     held = [(group, p) for group in live.param_groups for p in group["params"]]
     projected = {id(p): group for group, p in held if "rank" in group}
     inside = [m for m in stack(built.model)[1].modules() if isinstance(m, torch.nn.Linear | Conv1D)]
@@ -279,16 +282,16 @@ def _decay(live: Any, group: dict[str, Any]) -> float:
     return round(float((1 - ones.detach().double()).mean()), 7)
 
 
-def _epsilon(live: Any) -> float:
-    """Epsilon as Adam's first step has it, of a gradient as large: half a step."""
+def _damped(live: Any, formula: Callable[[Sequence[Any]], Any], size: float) -> bool:
+    """Whether a first step on a gradient of that size everywhere, about epsilon, is as far as the formula says."""
     import torch
 
     group = live.param_groups[0]
     moved = torch.nn.Parameter(torch.zeros(SIDE, SIDE, device=group["params"][0].device))
-    moved.grad = torch.full_like(moved, group["eps"])
+    gradient = torch.full_like(moved, size)
+    moved.grad = gradient.clone()
     type(live).step(_twin(live, group | {"params": [moved], "lr": 1.0, "weight_decay": 0.0}))
-    step = float(moved.detach().double().abs().mean())
-    return group["eps"] / step - group["eps"] if step > 0 else math.inf
+    return torch.allclose(moved.detach(), formula([gradient]), rtol=0.05)
 
 
 def _coasts(live: Any, formula: Callable[[Sequence[Any]], Any]) -> bool:
@@ -327,23 +330,28 @@ def _projected_for(built: Any, group: Mapping[str, Any]) -> int | None:
 
 
 def _held(
-    built: Any, wanted: dict[str, float], adam: Callable[[Sequence[Any]], Any] | None = None
+    built: Any, wanted: dict[str, float], formula: Callable[[Sequence[Any]], Any] | None = None
 ) -> Iterator[Effect]:
-    """Betas and epsilon, as every group of the optimizer holds them, and as steps show them that are `adam`'s."""
+    """Betas and epsilon, as every group of the optimizer holds them, and as steps show them that are `formula`'s.
+
+    Of GaLore's gradients only epsilon's is tried here, and of the size that it has where it is projected.
+    """
     live = optimizer(built)
     how = f"param_groups of {type(live).__name__}"
     held = {(*group.get("betas", (None, None)), group.get("eps")) for group in live.param_groups}
+    projects = "rank" in live.param_groups[0]
     for place, key in enumerate(("beta1", "beta2", "eps")):
         if key in wanted:
             found = sorted({one[place] for one in held}, key=str)
             value = found[0] if len(found) == 1 else found
-            if adam is not None and value == wanted[key]:
-                if key != "eps" and not _coasts(live, adam):
+            if formula is not None and value == wanted[key]:
+                if key != "eps" and not projects and not _coasts(live, formula):
                     value = "steps by other betas"
                 # The square of such a gradient must be a number of 32 bits.
-                elif key == "eps" and 1e-12 < value < 1 and abs((one := _epsilon(live)) / value - 1) > 0.05:
-                    value = one
-            yield same(f"optim.{key}", wanted[key], value, how + (", and its steps" if adam else ""))
+                elif key == "eps" and 1e-12 < value < 1:
+                    size = value / SIDE**0.5 if projects else value
+                    value = value if _damped(live, formula, size) else "steps by another"
+            yield same(f"optim.{key}", wanted[key], value, how + (", and its steps" if formula else ""))
 
 
 def schedule(built: Any) -> Iterator[Effect]:
@@ -360,6 +368,8 @@ def schedule(built: Any) -> Iterator[Effect]:
     right = all(math.isclose(one(s), expected(s), abs_tol=1e-9) for one in factors for s in sampled)
     rounded = [round(factor(s), 4) for s in sampled]
     how = f"factor at steps {sampled}: {rounded}"
+    if (off := _strays(built, expected, sampled)) is not None:
+        right, how = False, f"{how}; but at step {off[0]} the optimizer's rate is {off[1]:.4g} of the peak"
     name = optim.scheduler
     if "scheduler" in built.config.tree["optim"]:
         yield Effect("optim.scheduler", name, name if right else rounded, right, how)
@@ -368,9 +378,36 @@ def schedule(built: Any) -> Iterator[Effect]:
         "optim.warmup_ratio",
         optim.warmup_ratio,
         None if reached is None else reached / steps,
-        reached == warmup or (warmup == steps and reached is None),
+        off is None and (reached == warmup or (warmup == steps and reached is None)),
         f"the rate peaks at step {reached} of {steps}",
     )
+
+
+def _strays(built: Any, expected: Callable[[int], float], steps: Sequence[int]) -> tuple[int, float] | None:
+    """The first step at which a group of the optimizer has another rate once the scheduler has stepped there, and which
+    share of the peak it is."""
+    live, scheduler = optimizer(built), built.trainer.lr_scheduler
+    scheduler = getattr(scheduler, "scheduler", scheduler)
+    rates = [group["lr"] for group in live.param_groups]
+    kept = {name: vars(scheduler).get(name) for name in ("last_epoch", "_step_count", "_last_lr")}
+    try:
+        for step in (one for one in steps if one):
+            scheduler.last_epoch, scheduler._step_count = (
+                step - 1,
+                2,
+            )  # torch warns of a first step before any other
+            scheduler.step()
+            for group in live.param_groups:
+                wanted = group["initial_lr"] * expected(step)
+                if not math.isclose(group["lr"], wanted, rel_tol=1e-6, abs_tol=1e-9 * group["initial_lr"]):
+                    return step, group["lr"] / group["initial_lr"]
+        return None
+    except ValueError:  # it knows nothing of some group
+        return step, math.nan
+    finally:
+        vars(scheduler).update(kept)
+        for group, rate in zip(live.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def max_steps(trainer: Any) -> int:

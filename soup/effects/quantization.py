@@ -21,18 +21,23 @@ def stored(built: Any) -> Iterator[Effect]:
 
     spec = built.config.model
     head = built.model.get_output_embeddings()
+    ends = (head, getattr(head, "base_layer", head))  # an adapter may lie on the head
     found: dict[str, list[Any]] = {}
     leaves: dict[str, set[str]] = {}  # q_proj and the like, to the classes that they have
     for name, module in built.model.named_modules():
-        if isinstance(module, torch.nn.Linear) and "lora_" not in name and module is not head:
+        if isinstance(module, torch.nn.Linear) and "lora_" not in name and module not in ends:
             found.setdefault(type(module).__name__, []).append(module)
-            leaves.setdefault(plain(name + ".").split(".")[-2], set()).add(type(module).__name__)
+            if ".score" not in f".{name}":  # a new head
+                leaves.setdefault(plain(name + ".").split(".")[-2], set()).add(type(module).__name__)
     four, eight = (found.get(kind, []) for kind in QUANTIZED)
     rest = sum(map(len, found.values())) - len(four) - len(eight)
     effective = "4bit" if four else "8bit" if eight else "none"
-    if any(len(kinds) > 1 for kinds in leaves.values()):
+    plain_ones = [name for name, kinds in leaves.items() if not kinds <= set(QUANTIZED)]
+    if effective != "none" and plain_ones:
         effective = "mixed"
     how = f"{len(four)} Linear4bit, {len(eight)} Linear8bitLt, {rest} plain modules beside the head"
+    if effective == "mixed":
+        how += f", of the names {', '.join(sorted(plain_ones)[:3])}"
     ok = effective == spec.quantization
     if four:
         kinds = {(m.weight.quant_type, bool(getattr(m.weight.quant_state, "nested", False))) for m in four}

@@ -136,7 +136,10 @@ def _unscaled(built: Any) -> Iterator[Effect]:
         wanted, found = getattr(type(module)(own), key).float(), getattr(module, key).float().cpu()
         compared += 1
         right = wanted.shape == found.shape and torch.allclose(wanted, found, rtol=1e-5)
-        different += [] if right else [f"{name}.{key}"]
+        if not right:
+            different.append(f"{name}.{key}")
+        elif not _turns_alike(module, type(module)(own), prefix):
+            different.append(f"{name}'s sines, of the right frequencies,")
     ok = not different
     how = f"{compared} buffers inv_freq are those of config.json, rotary type {kind}"
     if not ok:
@@ -144,6 +147,33 @@ def _unscaled(built: Any) -> Iterator[Effect]:
     name = "longctx.rope_scaling_type"
     yield Effect(name, tree["rope_scaling_type"], "none" if ok else "other frequencies", ok, how)
     yield Effect("longctx.rope_factor", tree["rope_factor"], None if ok else "unknown", ok, how)
+
+
+def _turns_alike(module: Any, anew: Any, prefix: str) -> bool:
+    """Whether sines and cosines of a few positions are those of its frequencies, times the attention factor of a module
+    made anew; where a rotary module gives something else, whether that is what the new one gives."""
+    import torch
+
+    frequencies_F = getattr(module, f"{prefix}{FREQUENCIES}").double().cpu()
+    device = getattr(module, f"{prefix}{FREQUENCIES}").device
+    layer = {"layer_type": prefix.removesuffix("_")} if prefix else {}
+    with torch.no_grad():
+        live, other = (
+            one(torch.zeros(1, device=device), torch.arange(NEAR, device=device)[None], **layer)
+            for one in (deepcopy(module), anew.to(device))
+        )
+    if not isinstance(live, tuple):
+        return bool(torch.allclose(live, other, atol=1e-4))
+    angle_TF = torch.arange(NEAR, dtype=torch.float64)[:, None] * frequencies_F
+    factor = getattr(anew, f"{prefix}attention_scaling", 1.0)
+    for part, anew_part, right_TF in zip(live, other, (angle_TF.cos(), angle_TF.sin()), strict=True):
+        halves = torch.cat((right_TF, right_TF), 1), right_TF.repeat_interleave(2, 1), right_TF
+        fitting = [factor * one for one in halves if one.shape == part[0].shape] or [
+            anew_part[0].double().cpu()
+        ]
+        if not any(_close(part[0].double().cpu(), one, atol=1e-4) for one in fitting):
+            return False
+    return True
 
 
 def rotary(model: Any) -> list[tuple[str, Any, str]]:

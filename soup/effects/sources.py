@@ -128,7 +128,7 @@ def _counted(built: Any, settings: Any) -> tuple[list[int] | None, int, bool]:
     report = built.prepared["train"].report
     drawn = report.sampled or report.rows > COUNTED
     number_of = COUNTED if drawn else report.rows
-    names = _names(built, next(_expected(built)))
+    names = _names(built, next(from_files(built)))
     sources: dict[str, set[int]] = {}
     for number in range(len(settings.names("train"))):
         for row in itertools.islice(_alone(settings, number), BUFFER_ROWS + number_of):
@@ -189,12 +189,12 @@ def first_batch(built: Any) -> list[Mapping[str, Any]]:
 
 def _both(built: Any) -> tuple[list[str], list[str]]:
     rows = held(built)
-    expected = list(itertools.islice(_expected(built), len(rows)))
+    expected = list(itertools.islice(from_files(built), len(rows)))
     names = _names(built, expected[0])
     return [_key(row, names) for row in rows], [_key(row, names) for row in expected]
 
 
-def _expected(built: Any) -> Iterator[dict[str, Any]]:
+def from_files(built: Any) -> Iterator[dict[str, Any]]:
     """Rows of the files, as the configuration names them, in the order in which `datasets` draws them."""
     from datasets import IterableDataset
     from datasets.iterable_dataset import ExamplesIterable
@@ -222,7 +222,7 @@ def epoch(built: Any) -> Effect:
     if rows > COUNTED:
         return Effect(key, limit, limit, True, f"rows after the first {COUNTED} are not looked at")
     drawn = list(itertools.islice(built.trainer.train_dataset, 2 * rows))
-    names = _names(built, next(_expected(built)))
+    names = _names(built, next(from_files(built)))
     first, second = (Counter(_key(row, names) for row in part) for part in (drawn[:rows], drawn[rows:]))
     ok = first == second
     return Effect(key, limit, rows if ok else "more rows", ok, f"after {rows} rows the same rows come again")

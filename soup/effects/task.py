@@ -9,6 +9,7 @@ has the same loss whatever beta is.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soup.effects import Effect, losses, same
+from soup.effects import Effect, losses
 from soup.effects.losses import Row
 from soup.effects.moe import every_expert, unbalanced
 from soup.effects.sources import brief, held
@@ -60,7 +61,7 @@ def _loss(built: Any) -> Iterator[Effect]:
     trainer, model = built.trainer, built.model
     formula = getattr(losses, built.config.tree["task"]["name"])
     with undisturbed(built), unbalanced(trainer), every_expert(built):
-        examples = [brief(built, row) for row in _examples(held(built))]
+        examples = [brief(built, row) for row in first_rows(held(built))]
         if built.config.longctx.rope_scaling_type in FOLLOW and "label" not in examples[0]:
             examples = examples[
                 :1
@@ -70,7 +71,8 @@ def _loss(built: Any) -> Iterator[Effect]:
         def measured() -> list[Row]:
             return [_row(built, part) for example in examples for part in documents(example)]
 
-        reference = measured()
+        with as_reference(built):
+            reference = measured()
         if built.config.task.precompute_ref:
             reference = [_of_table(row, one) for row, one in zip(reference, examples, strict=True)]
         off = moved(model, measured, reference, built.config.task.reference)
@@ -93,10 +95,10 @@ def _of_table(row: Row, example: Mapping[str, Any]) -> Row:
 def first_batch(built: Any) -> dict[str, Any]:
     """What the trainer's loss takes, of its first rows; for GRPO of made-up answers to the first prompt."""
     if built.config.task.generates:
-        prompt, answers = _made_up(built)
+        prompt, answers = made_up(built)
         frozen = [torch.zeros(len(answer)) for answer in answers]
         return _group(built, prompt, answers, frozen)
-    return dict(_collated(built.trainer, [brief(built, row) for row in _examples(held(built))]))
+    return dict(_collated(built.trainer, [brief(built, row) for row in first_rows(held(built))]))
 
 
 def _collated(trainer: Any, examples: Sequence[Mapping[str, Any]]) -> Any:
@@ -107,7 +109,7 @@ def group_loss(built: Any) -> Iterator[Effect]:
     """GRPO's loss on two made-up answers of different lengths to the first prompt, one good and one bad."""
     trainer, model = built.trainer, built.model
     tree = built.config.tree["task"]
-    prompt, answers = _made_up(built)
+    prompt, answers = made_up(built)
     with undisturbed(built), unbalanced(trainer), every_expert(built):
 
         def measured() -> list[Row]:
@@ -128,7 +130,7 @@ def group_loss(built: Any) -> Iterator[Effect]:
     yield from compared(built, live, formula, losses.grpo)
 
 
-def _made_up(built: Any) -> tuple[list[int], list[list[int]]]:
+def made_up(built: Any) -> tuple[list[int], list[list[int]]]:
     """Tokens of the first prompt, and of two answers of different lengths."""
     prompt = prompt_ids(built.tokenizer, built.trainer.train_dataset[0]["prompt"])
     return prompt, [(prompt * 5)[:5], (prompt * 3)[-3:]]
@@ -167,49 +169,24 @@ def reference(built: Any) -> Iterator[Effect]:
     how = "the model with its adapters off"
     ok = True
     if columns:
+        places = sorted({0, len(rows) // 2, len(rows) - 1})
         with undisturbed(built):
-            example = rows[0]
-            row = _row(built, example)
+            looked = [(rows[place], _row(built, rows[place])) for place in places]
         rounds = built.precision.autocast is not None
         gaps, fits = [], []
-        for column, side in TABLE.items():
+        for (example, row), (column, side) in itertools.product(looked, TABLE.items()):
             if column in columns:
                 logps_T = row.answers[side]
                 gaps.append(abs(example[column] - float(logps_T.sum())))
                 rounding = ROUNDING * math.sqrt(len(logps_T)) if rounds else 0.0
                 fits.append(gaps[-1] <= rounding + tolerance(built) * max(1.0, abs(example[column])))
         ok = copy is None and bool(fits) and all(fits)
-        how = f"columns {', '.join(columns)}; the first row's are right to {max(gaps):.1e} nats"
+        how = f"columns {', '.join(columns)}; those of {len(places)} rows are right to {max(gaps):.1e} nats"
     elif copy is not None:
         shared = {id(p) for p in copy.parameters()} & {id(p) for p in built.model.parameters()}
         ok = not shared and not copy.training
         how = f"a frozen copy of {sum(p.numel() for p in copy.parameters()):,} parameters"
     yield Effect("task.precompute_ref", asked, bool(columns), ok and bool(columns) == asked, how)
-
-
-def generation(built: Any) -> Iterator[Effect]:
-    """What GRPO samples with, and how often the sampler repeats a prompt."""
-    trainer, tree = built.trainer, built.config.tree["task"]
-    settings = trainer.generation_config
-    how = "the generation config that answers are sampled with"
-    yield same("task.max_completion_length", tree["max_completion_length"], settings.max_new_tokens, how)
-    heat = settings.temperature if settings.do_sample else 0.0
-    yield same("task.temperature", tree["temperature"], heat, how)
-    drawn = list(trainer._get_train_sampler())
-    run = next((i for i, row in enumerate(drawn) if row != drawn[0]), len(drawn))
-    yield same("task.num_generations", tree["num_generations"], run, f"the sampler draws rows {drawn[:8]}")
-
-
-def reward_functions(built: Any) -> Iterator[Effect]:
-    """The functions that score answers, and their weights."""
-    trainer, tree = built.trainer, built.config.tree["task"]
-    names = [function.__name__ for function in trainer.reward_funcs]
-    yield same("task.rewards", list(tree["rewards"]), names, "functions that the trainer calls")
-    weights = trainer.reward_weights.tolist()
-    asked = tree["reward_weights"]
-    wanted = [1.0] * len(names) if asked is None else [float(weight) for weight in asked]
-    ok = len(weights) == len(wanted) and all(abs(a - b) < 1e-6 for a, b in zip(weights, wanted, strict=True))
-    yield Effect("task.reward_weights", asked, weights, ok, "weights that the trainer multiplies rewards by")
 
 
 def compared(built: Any, live: float, formula: Any, signature: Any) -> Iterator[Effect]:
@@ -231,7 +208,7 @@ def compared(built: Any, live: float, formula: Any, signature: Any) -> Iterator[
         yield Effect(f"task.{name}", value, value if ok else "unknown", ok, how)
 
 
-def _examples(rows: Any) -> list[Mapping[str, Any]]:
+def first_rows(rows: Any) -> list[Mapping[str, Any]]:
     """The first rows; where rows have labels, both kinds of them."""
     first = list(range(min(ROWS, len(rows))))
     if "label" in rows.column_names:
@@ -289,6 +266,16 @@ def _score(built: Any, ids: Sequence[int]) -> Tensor:
     ids_1T = torch.tensor([list(ids)], device=built.trainer.args.device)
     with torch.no_grad():
         return built.model(input_ids=ids_1T).logits[0, 0].double().cpu()
+
+
+@contextmanager
+def as_reference(built: Any) -> Iterator[None]:
+    """Adapters off, where those are what the reference lacks: DoRA's magnitudes begin as the weights' norms rounded."""
+    if not built.config.task.reference or built.config.lora.r is None:
+        yield
+        return
+    with built.model.disable_adapter():
+        yield
 
 
 @contextmanager

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from soup.device import Device
@@ -31,6 +35,7 @@ def refuse_unfit(
     _projects(config, decoder)
     _quantizes(config, decoder, device, str(model.get("model_type")))
     _adapts(config, str(model.get("model_type")))
+    _scores(config, model)
     _runs(config, model, device, longest)
 
 
@@ -94,6 +99,30 @@ def _adapts(config: Config, kind: str) -> None:
         why = f"transformers' {kind} multiplies by the weight of dt_proj itself, so an adapter on it would do nothing"
         fix = "lora.target_modules=[in_proj,x_proj,out_proj], and q_proj,k_proj,v_proj,o_proj where it has attention"
         raise Refused(Problem(key="lora.target_modules", value=wanted, why=why, fix=fix))
+
+
+def _scores(config: Config, model: Mapping[str, Any]) -> None:
+    """Refuses a reward model of a family that transformers has no class with a score for."""
+    kind = str(model.get("model_type"))
+    own = "AutoModelForSequenceClassification" in (model.get("auto_map") or {})
+    if config.task.head == "score" and kind not in scoring() and not own:
+        why = f"transformers has no {kind} that ends in a score (a class ...ForSequenceClassification)"
+        fix = "model.base of another family, such as llama, qwen2, qwen3, mistral or gemma3"
+        raise Refused(Problem(key="task.name", value=config.tree["task"]["name"], why=why, fix=fix))
+
+
+@cache
+def scoring() -> frozenset[str]:
+    """Model types with a sequence classifier, by transformers' table: read, not imported, as torch would be."""
+    found = find_spec("transformers")
+    assert found is not None and found.origin is not None
+    tree = ast.parse((Path(found.origin).parent / "models/auto/modeling_auto.py").read_text())
+    for node in tree.body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(target, ast.Name) and target.id == "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES":
+            names = [pair.elts[0] for pair in ast.walk(node) if isinstance(pair, ast.Tuple)]
+            return frozenset(str(name.value) for name in names if isinstance(name, ast.Constant))
+    raise LookupError("transformers has no table of sequence classifiers where it had one")
 
 
 def _runs(config: Config, model: Mapping[str, Any], device: Device, longest: int) -> None:

@@ -359,3 +359,20 @@ def test_an_adapter_that_a_mixer_passes_by_is_refused(compose):
         planned(compose, model={"model_type": "jamba"})
     for words in ("lora.target_modules=[in_proj,q_proj]", "lora=none"):
         planned(compose, words, model={"model_type": "jamba"})
+
+
+def test_a_reward_model_without_a_class_that_scores_is_refused(compose):
+    cohere = {"model_type": "cohere2"}
+    with pytest.raises(Refused, match="no cohere2 that ends in a score"):
+        planned(compose, "task=reward", model=cohere)
+    planned(compose, "task=dpo", model=cohere)
+    theirs = {"auto_map": {"AutoModelForSequenceClassification": "modeling.Scores"}}
+    planned(compose, "task=reward", model=cohere | theirs)
+
+
+def test_the_families_that_score_are_those_of_transformers():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    from soup.plan.fits import scoring
+
+    assert scoring() == set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
