@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-LIMIT = 0.25
+LIMIT = 0.15
 CHECKOUT = Path(__file__).resolve().parents[1]
 SENTENCE = "The lamp is lit, the log is written, and the sea goes on with its own business. "
 

@@ -11,10 +11,11 @@ import torch
 
 from soup.effects import Effect
 from soup.effects.moe import every_expert, unbalanced
-from soup.effects.sources import held
+from soup.effects.sources import cut, held
 from soup.effects.task import first_batch, first_rows
 from soup.effects.undisturbed import undisturbed
 
+BRIEF = 64  # tokens
 NEAR = 2e-2  # of the gradient, in 16 bits
 
 
@@ -87,8 +88,10 @@ def _scale(built: Any) -> float:
 
 
 def _batch(built: Any) -> dict[str, Any]:
-    """The shortest of the first rows; where rows have labels, both kinds of them."""
+    """The shortest of the first rows, of which BRIEF tokens are enough; of rated answers both kinds."""
     rows = first_rows(held(built))
+    if "labels" in rows[0]:
+        rows = [cut(row, BRIEF) for row in rows]
     if "label" not in rows[0]:
         rows = [min(rows, key=_tokens)]
     return dict(built.trainer._prepare_inputs(built.trainer.data_collator([dict(row) for row in rows])))

@@ -41,18 +41,23 @@ def held(built: Any) -> Any:
 
 
 def brief(built: Any, example: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row as one process can pass it: of one that is cut for a ring, parts of the first documents that are learnt."""
-    if not built.config.longctx.use_ring_attention or len(example["input_ids"]) <= BRIEF:
+    """A row as one process can pass it: of one that is cut for a ring, some tokens."""
+    return cut(example, BRIEF) if built.config.longctx.use_ring_attention else example
+
+
+def cut(example: Mapping[str, Any], most: int) -> Mapping[str, Any]:
+    """Of a row with labels that has more tokens than that, parts of the first documents that are learnt."""
+    if len(example["input_ids"]) <= most:
         return example
     lengths = list(example.get("seq_lengths", [len(example["input_ids"])]))[:DOCUMENTS]
-    room, kept = BRIEF // len(lengths), []
+    room, kept = most // len(lengths), []
     for end, length in zip(itertools.accumulate(lengths), lengths, strict=True):
         labels = example["labels"][end - length + 1 : end]
         learnt = next((place for place, label in enumerate(labels, 1) if label != -100), 0)
         start = end - length + max(0, min(learnt - room // 2, length - room))
         kept.append(range(start, min(start + room, end)))
-    cut = {n: [example[n][at] for part in kept for at in part] for n in ("input_ids", "labels")}
-    return cut | ({"seq_lengths": [len(part) for part in kept]} if "seq_lengths" in example else {})
+    parts = {n: [example[n][at] for part in kept for at in part] for n in ("input_ids", "labels")}
+    return parts | ({"seq_lengths": [len(part) for part in kept]} if "seq_lengths" in example else {})
 
 
 def shares(built: Any) -> Iterator[Effect]:

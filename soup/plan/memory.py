@@ -12,11 +12,13 @@ from soup.plan.unpadded import of_answers, own_kernels, without_padding
 from soup.schema import Config
 from soup.specs import DistributedSpec
 
-RUNTIME_BYTES = {"cpu": 750e6, "cuda": 1.5e9}  # the process with its libraries (measured); CUDA's context
+RUNTIME_BYTES = {"cpu": 850e6, "cuda": 1.5e9}  # the process with its libraries (measured); CUDA's context
 ALLOCATOR = 1.1  # freed blocks that malloc keeps: measured activations over the tensors counted below
-# Of the activations that checkpointing frees, what glibc's malloc keeps as holes between the ones that stay
-# (measured; giving it back to the system at once costs six times the step's time). A GPU's allocator reuses them.
-HOLES = {"cpu": 0.55, "cuda": 0.0}
+# What glibc's malloc keeps as holes between activations that stay, as a share of those, and with checkpointing of those
+# that it frees (measured; giving it back to the system at once costs six times the step's time). A GPU's allocator
+# reuses them.
+HOLES = {"cpu": 0.4, "cuda": 0.0}
+RECOMPUTED_HOLES = {"cpu": 0.55, "cuda": 0.0}
 LOGIT_CHUNK = (
     256  # learnt tokens that TRL turns into logits at once (sft_trainer._CHUNKED_LM_HEAD_CHUNK_SIZE)
 )
@@ -66,13 +68,13 @@ def peak(
             2 * sum(outputs for name, _, outputs, _ in decoder.linears if adapted(config, name)) * products
         )
     if training.gradient_checkpointing:
-        holes = HOLES[device.kind] * decoder.layers * one_layer
+        holes = RECOMPUTED_HOLES[device.kind] * decoder.layers * one_layer
         activations = batch_tokens * (decoder.layers * decoder.hidden * products + one_layer + holes)
         how = "each layer's input, and one layer recomputed" + (", and malloc's holes" if holes else "")
     else:
         # Below the lowest adapter nothing needs a gradient.
         kept = decoder.layers - (training.frozen(decoder.layers) if config.lora.r is not None else 0)
-        activations = batch_tokens * kept * one_layer
+        activations = batch_tokens * kept * one_layer * (1 + HOLES[device.kind])
         how = "what backward needs of every layer" + (
             " above the frozen ones" if kept < decoder.layers else ""
         )
@@ -141,13 +143,18 @@ def proving(config: Config, decoder: Shape, device: Device, dtype: str, longest:
     file. Models that are measured as they train have the logits only."""
     size, task = BYTES[dtype], config.task
     models = 1 + task.frozen_models + (task.reference and config.lora.r is None and not task.precompute_ref)
-    logits = (longest + task.generates) * decoder.vocab
+    floats: float = (longest + task.generates) * decoder.vocab
     if dtype == "float32" or config.model.stored != "none" or 4 * decoder.total > LARGE:
         return 0.0
     held = 4 * (models + task.trained_models) * decoder.total + 4 * adapters
     trains = size * decoder.total if config.lora.r is None else 0
+    if (
+        config.training.gradient_accumulation_steps > 1
+    ):  # a row goes backward, too (soup.effects.accumulation)
+        tokens = min(longest, 256) if task.forwards == 1 else task.learnt_from * longest
+        floats += tokens * decoder.layers * _layer_floats(config, decoder)
     mapped = models * size * decoder.total - trains if device.kind == "cpu" else 0
-    return held + trains + max(mapped, 4 * logits + DOUBLE)
+    return held + trains + max(mapped, 4 * floats + DOUBLE)
 
 
 def _share(spread: DistributedSpec) -> dict[str, float]:
