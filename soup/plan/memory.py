@@ -148,11 +148,8 @@ def proving(config: Config, decoder: Shape, device: Device, dtype: str, longest:
         return 0.0
     held = 4 * (models + task.trained_models) * decoder.total + 4 * adapters
     trains = size * decoder.total if config.lora.r is None else 0
-    if (
-        config.training.gradient_accumulation_steps > 1
-    ):  # a row goes backward, too (soup.effects.accumulation)
-        tokens = min(longest, 256) if task.forwards == 1 else task.learnt_from * longest
-        floats += tokens * decoder.layers * _layer_floats(config, decoder)
+    if task.forwards > 1:  # a pair goes backward, too (soup.effects.accumulation)
+        floats += task.learnt_from * longest * decoder.layers * _layer_floats(config, decoder)
     mapped = models * size * decoder.total - trains if device.kind == "cpu" else 0
     return held + trains + max(mapped, 4 * floats + DOUBLE)
 
