@@ -16,7 +16,7 @@ from soup.cli.compose import Point, differing
 from soup.cli.status import error
 from soup.cli.table import lines, number, size
 from soup.errors import Problem, Refused
-from soup.record import Run
+from soup.record import Run, run_id
 from soup.sweep import Sweep, SweepPoint, metric, sign
 
 FAILED = 1  # exit status
@@ -125,6 +125,17 @@ def alike(ready: Sequence[Checked]) -> None:
         if len(values) > 1:
             why = f"one sweep has one, and this has {' and '.join(values)}"
             problems.append(Problem(key=f"run.{key}", why=why, fix=f"sweep each run.{key} on its own"))
+    first: dict[str, Checked] = {}  # a run's id leaves out over how many processes it is spread
+    for one in ready:
+        if not one.content or one.config.run.resume == "never":
+            continue
+        there = first.setdefault(run_id(one.config.tree, one.content), one).config.tree["distributed"]
+        for name in ("processes", "nodes"):
+            if (asked := one.config.tree["distributed"][name]) != there[name]:
+                key = f"distributed.{name}"
+                why = f"another point is the same run for {there[name]}, and a run has one number"
+                fix = "run.resume=never, by which each has a folder of its own"
+                problems.append(Problem(key=key, value=asked, why=why, fix=fix))
     if problems:
         raise Refused(problems)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from soup.cli.check import Checked, admitted, checked, valid
 from soup.cli.compose import Point
+from soup.cli.multirun import alike
 from soup.cli.points import STANDS_IN, table, whereabouts
 from soup.cli.table import size
 from soup.errors import Refused
@@ -29,7 +30,7 @@ def plan(points: Sequence[Point], args: Namespace) -> int:
         print(json.dumps(rows, indent=2))
     else:
         print("\n".join(table(points, found, runs, pruner=args.pruner is not None)))
-    admitted(points, found)  # refuses, with the reasons, unless launch.invalid=skip
+    alike(admitted(points, found))  # refuses, with the reasons, unless launch.invalid=skip
     return 0
 
 

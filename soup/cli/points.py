@@ -66,12 +66,9 @@ def table(
 
 def whereabouts(one: Checked | Refused) -> Run | None:
     """The run of a point where it has been placed or would be; `None` where that cannot be known here."""
-    if isinstance(one, Refused) or not one.content:
-        return None
-    run = Run(Path(one.config.run.root) / run_id(one.config.tree, one.content))
-    if one.config.run.resume == "never" and run.exists():
-        return None  # it would get a folder of its own
-    return run
+    if isinstance(one, Refused) or not one.content or one.config.run.resume == "never":
+        return None  # the last gets a folder of its own
+    return Run(Path(one.config.run.root) / run_id(one.config.tree, one.content))
 
 
 def describe(run: Run, *, pruner: bool) -> str:

@@ -10,12 +10,16 @@ from soup.errors import Refused
 def test_another_number_of_processes_is_refused(tree, tmp_path):
     from soup.cli.check import checked
     from soup.cli.compose import Point
+    from soup.cli.multirun import alike
     from soup.cli.run import settle
 
-    def settled(*words):
+    def one(*words):
         words = ("distributed=ddp", f"run.root={tmp_path}", *words)
         (found,) = checked([Point(tree=tree(*words), choices={}, overrides=words)], train=True)
-        return settle(found)
+        return found
+
+    def settled(*words):
+        return settle(one(*words))
 
     two = settled("distributed.processes=2")
     assert settled("distributed.processes=2") == two
@@ -23,3 +27,7 @@ def test_another_number_of_processes_is_refused(tree, tmp_path):
     with pytest.raises(Refused, match="distributed.processes=4: run .* was made for 2"):
         settled("distributed.processes=4")
     assert settled("distributed.processes=4", "run.resume=never") != two
+
+    with pytest.raises(Refused, match="distributed.processes=4: another point is the same run for 2"):
+        alike([one("distributed.processes=2"), one("distributed.processes=4")])
+    alike([one(f"distributed.processes={n}", "run.resume=never") for n in (2, 4)])
