@@ -173,7 +173,8 @@ def _of_spreading(
 
     ZeRO-3 keeps a number of them; FSDP2 what lies outside the layers, one layer and the next. DeepSpeed sums a flat
     copy of its bucket, of which gloo makes another to scatter it, and copies what ZeRO-3 has gathered out of the
-    buffer that it came in (deepspeed.runtime.zero.partition_parameters.AllGatherCoalescedHandle.wait).
+    buffer that it came in (deepspeed.runtime.zero.partition_parameters.AllGatherCoalescedHandle.wait). FSDP2 copies
+    what it gathers and the gradients that it scatters (torch.distributed.fsdp._fully_shard._fsdp_collectives).
     """
     cut = "weights" in spread.shards
     if spread.spread == "ddp":
@@ -186,9 +187,11 @@ def _of_spreading(
             "buckets": copies * min(gradients, 4 * ZERO_BUCKET) + gathered,
             **({"gathered": gathered} if cut else {}),
         }
-    if spread.spread == "fsdp" and cut:
+    if spread.spread == "fsdp":
         layer = (decoder.total - decoder.outside) / decoder.layers
-        return {"gathered": weights * min(1.0, (decoder.outside + 2 * layer) / decoder.total)}
+        share = min(1.0, (decoder.outside + 2 * layer) / decoder.total)
+        buckets = {"buckets": share * (weights + 2 * gradients)}
+        return buckets | ({"gathered": share * weights} if cut else {})
     return {}
 
 

@@ -165,6 +165,12 @@ def test_memory_goes_where_it_should(compose):
     assert two.memory["optimizer"] * 2 == pytest.approx(whole.memory["optimizer"], abs=4)
     buckets = 1.5 * two.memory["buckets"] + sharded.memory["gathered"]  # scattered by gloo, and gathered
     assert sharded.memory["buckets"] == pytest.approx(buckets, abs=4)
+    full, kept = (
+        planned(compose, "lora=none", f"distributed={way}", "distributed.processes=2").memory
+        for way in ("fsdp_full_shard", "fsdp_shard_grad")
+    )
+    assert full["buckets"] == kept["buckets"] == pytest.approx(3 * full["gathered"], abs=4), "copies of both"
+    assert "gathered" not in kept and kept["weights"] == 3 * full["weights"]
 
 
 AWARE = ("model.quantization=4bit", "model.quantization_aware=true")
