@@ -42,14 +42,16 @@ def _scaled(model: Any) -> str | None:
     """Why logits are not the head's product alone: tried, on a few tokens."""
     from soup.effects import as_it_was
 
-    device = next(model.parameters()).device
+    weight_VD = model.get_output_embeddings().weight
+    device, dtype = weight_VD.device, weight_VD.dtype
     ids_1T = torch.arange(2, 7, device=device)[None]
-    with as_it_was(model), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    mixed = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)  # norms may be in float32
+    with as_it_was(model), torch.no_grad(), mixed:
         model.eval()
         bare = model._original_forward if hasattr(model, "_original_forward") else model.forward
         logits = bare(input_ids=ids_1T, use_cache=False).logits.float()
         hidden = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state
-        ours = hidden.float() @ model.get_output_embeddings().weight.float().T
+        ours = hidden.float() @ weight_VD.float().T
     if (ours - logits).abs().mean() > 0.03 * logits.abs().mean():
         return f"{type(model).__name__} changes its logits"
     return None
