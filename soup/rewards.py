@@ -57,7 +57,7 @@ def load(rewards: Sequence[str]) -> list[Reward]:
         problems.append(Problem(key=KEY, value=word, why=why, fix=fix))
     for word in dict.fromkeys(rewards):
         try:
-            loaded.append(_checked(word, _built_in(word) if _path(word) is None else _own(word)))
+            loaded.append(_checked(word, _built_in(word) if own_file(word) is None else _own(word)))
         except Refused as refused:
             problems.extend(refused.problems)
     if problems:
@@ -74,7 +74,7 @@ def columns(rewards: Sequence[str]) -> dict[str, str]:
     needed: dict[str, str] = {}
     for word in rewards:
         name, _, argument = word.partition(":")
-        if _path(word) is not None:
+        if own_file(word) is not None:
             named = [column for column in _required(_own(word)) if column not in GIVEN]
         else:
             named = [argument or "answer"] if name in COMPARING else []
@@ -107,7 +107,7 @@ def unanswered(rewards: Sequence[str], column: Callable[[str], Iterable[Any]]) -
 
 def files(rewards: Sequence[str]) -> list[Path]:
     """The local files named, each once: their content is part of what a run is."""
-    return list(dict.fromkeys(path for word in rewards if (path := _path(word)) is not None))
+    return list(dict.fromkeys(path for word in rewards if (path := own_file(word)) is not None))
 
 
 def _exact_match(text: str, answer: Any) -> float:
@@ -178,7 +178,7 @@ MADE: Mapping[str, tuple[Callable[[str], Score], str | None]] = {
 }
 
 
-def _path(word: str) -> Path | None:
+def own_file(word: str) -> Path | None:
     """The file of `path/to/file.py:function`, also where the function is left out."""
     path = word if word.endswith(".py") else word.rpartition(":")[0]
     built_in = word.partition(":")[0] in {*COMPARING, *MADE}
@@ -228,7 +228,7 @@ def _text(said: Any) -> str:
 
 
 def _own(word: str) -> Callable[..., Any]:
-    path, name = _path(word), "" if word.endswith(".py") else word.rpartition(":")[2]
+    path, name = own_file(word), "" if word.endswith(".py") else word.rpartition(":")[2]
     if not name:
         raise _refusal(word, "names no function", "path/to/file.py:function")
     module = _module(word, path.absolute())

@@ -14,7 +14,7 @@ from soup.effects.moe import every_expert
 from soup.effects.task import as_reference, logps, moved
 from soup.effects.undisturbed import tolerance, undisturbed
 from soup.model.load import prompt_ids
-from soup.rewards import _path, load
+from soup.rewards import load, own_file
 
 SAID = (
     "",
@@ -181,7 +181,7 @@ def _columns(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _own(word: str, function: Any, place: int) -> Any:
     """A user's own reward may cost money or draw numbers: another of its name stands in for it."""
-    if _path(word) is None:
+    if own_file(word) is None:
         return function
 
     def stand_in(completions: Sequence[Any], **_: Any) -> list[float]:
@@ -193,4 +193,4 @@ def _own(word: str, function: Any, place: int) -> Any:
 
 def _same_file(live: Any, anew: Any, word: str) -> bool:
     """Whether a user's own reward is the function of that file, as it is now."""
-    return _path(word) is None or getattr(live, "__wrapped__", None) is anew.__wrapped__
+    return own_file(word) is None or getattr(live, "__wrapped__", None) is anew.__wrapped__
