@@ -32,7 +32,9 @@ def test_counts_bad_rows_and_histogram(arguments, encoder):
     report = made.report
     assert f"{report.lengths['sum']}, {report.lengths['sum_labels']} of them learnt" in text
     assert f"truncated                       {report.truncated}" in text and report.truncated > 0
-    assert "rows.jsonl:30:`output`ismissing" in "".join(text.split())  # where it wraps, the path's length says
+    assert "rows.jsonl:30:`output`ismissing" in "".join(
+        text.split()
+    )  # where it wraps, the path's length says
     assert "bad rows                        1" in text
     assert "█" * 40 in text and f"-{report.lengths['max']}" in text
 
