@@ -125,17 +125,19 @@ def alike(ready: Sequence[Checked]) -> None:
         if len(values) > 1:
             why = f"one sweep has one, and this has {' and '.join(values)}"
             problems.append(Problem(key=f"run.{key}", why=why, fix=f"sweep each run.{key} on its own"))
-    first: dict[str, Checked] = {}  # a run's id leaves out over how many processes it is spread
-    for one in ready:
-        if not one.content or one.config.run.resume == "never":
+    # A run's id leaves out over how many processes it is spread.
+    for name in ("processes", "nodes"):
+        if len({one.config.tree["distributed"][name] for one in ready}) == 1:
             continue
-        there = first.setdefault(run_id(one.config.tree, one.content), one).config.tree["distributed"]
-        for name in ("processes", "nodes"):
-            if (asked := one.config.tree["distributed"][name]) != there[name]:
-                key = f"distributed.{name}"
-                why = f"another point is the same run for {there[name]}, and a run has one number"
+        first: dict[str, int] = {}
+        for one in ready:
+            if not one.content or one.config.run.resume == "never":
+                continue
+            asked = one.config.tree["distributed"][name]
+            if (there := first.setdefault(run_id(one.config.tree, one.content), asked)) != asked:
+                why = f"another point is the same run for {there}, and a run has one number"
                 fix = "run.resume=never, by which each has a folder of its own"
-                problems.append(Problem(key=key, value=asked, why=why, fix=fix))
+                problems.append(Problem(key=f"distributed.{name}", value=asked, why=why, fix=fix))
     if problems:
         raise Refused(problems)
 

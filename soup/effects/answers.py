@@ -149,9 +149,7 @@ def _live(built: Any, row: Mapping[str, Any], said: Sequence[str]) -> tuple[torc
         with as_reference(built):
             before = measured()
         with moved(model, measured, before, built.config.task.reference):
-            model.training = (
-                True  # by which TRL knows how large groups are; the modules in it are in evaluation
-            )
+            model.training = True  # by which TRL knows how large groups are; its modules are in evaluation
             given = shadow._generate_and_score_completions([dict(row) for _ in said])
         reference = given.get("ref_per_token_logps")
         gap = 0.0

@@ -392,10 +392,7 @@ def _strays(built: Any, expected: Callable[[int], float], steps: Sequence[int]) 
     kept = {name: vars(scheduler).get(name) for name in ("last_epoch", "_step_count", "_last_lr")}
     try:
         for step in (one for one in steps if one):
-            scheduler.last_epoch, scheduler._step_count = (
-                step - 1,
-                2,
-            )  # torch warns of a first step before any other
+            scheduler.last_epoch, scheduler._step_count = step - 1, 2  # of a first step torch warns
             scheduler.step()
             for group in live.param_groups:
                 wanted = group["initial_lr"] * expected(step)

@@ -21,6 +21,8 @@ from soup.kernels.logps import log_probabilities
 
 def put_on(trainer: Any) -> str | None:
     """Gives the pass to the policy and to a frozen copy; or why logits are needed, and nothing is changed."""
+    if trainer.aux_loss_enabled:
+        return "the router's balancing loss is part of it"
     models = causal_models(trainer)
     for model in models:
         if (why := head.obstacle(model) or _scaled(model)) is not None:
@@ -100,14 +102,15 @@ def _tokens(
     return found._asdict() | {"row_N": row_N[learnt], "column_N": column_N[learnt]}
 
 
-def summed(values_N: Tensor, found: dict[str, Tensor], shape: torch.Size) -> Tensor:
-    """Of each row of a batch of that shape, added up in the order in which TRL does."""
-    return placed(values_N, found, shape).sum(1)
+def summed(found: dict[str, Tensor], shape: torch.Size) -> Tensor:
+    """Log-probabilities of each row of a batch of that shape, added up in the order in which TRL does."""
+    return placed(found, shape).sum(1)
 
 
-def placed(values_N: Tensor, found: dict[str, Tensor], shape: torch.Size) -> Tensor:
-    """Each where its token is in a batch of that shape, and 0 elsewhere."""
-    return values_N.new_zeros(shape).index_put((found["row_N"], found["column_N"]), values_N)
+def placed(found: dict[str, Tensor], shape: torch.Size) -> Tensor:
+    """The log-probability of each token where it is in a batch of that shape, and 0 elsewhere."""
+    logp_N = found["logp_N"]
+    return logp_N.new_zeros(shape).index_put((found["row_N"], found["column_N"]), logp_N)
 
 
 def reference(trainer: Any, *batches: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -121,6 +124,13 @@ def reference(trainer: Any, *batches: dict[str, Tensor]) -> list[dict[str, Tenso
             return [frozen(**asked) for asked in batches]
         with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
             return [model(**asked) for asked in batches]
+
+
+def counted(trainer: Any, inputs: dict[str, Tensor]) -> Any:
+    """The metrics of TRL's trainer, of training or evaluation; in training the batch's tokens count."""
+    if trainer.model.training:
+        trainer._total_train_tokens += int(inputs["attention_mask"].sum())
+    return trainer._metrics["train" if trainer.model.training else "eval"]
 
 
 def mean(values: Tensor) -> float:

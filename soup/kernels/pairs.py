@@ -14,7 +14,7 @@ from torch.nn.functional import logsigmoid
 from trl import DPOTrainer
 
 from soup.kernels import answers
-from soup.kernels.answers import mean, summed
+from soup.kernels.answers import counted, mean, summed
 
 LOSSES = {"sigmoid", "robust", "ipo"}
 
@@ -23,8 +23,6 @@ def put_on(trainer: Any) -> int | str:
     """1, or why the trainer's loss stays TRL's."""
     if not isinstance(trainer, DPOTrainer):
         return f"{type(trainer).__name__} computes another loss"
-    if trainer.aux_loss_enabled:
-        return "the router's balancing loss is part of it"
     if not _known(trainer):
         return f"the loss is {', '.join(trainer.loss_types)}"
     if (why := answers.put_on(trainer)) is not None:
@@ -45,12 +43,12 @@ def _compute_loss(self: Any, model: Any, inputs: dict[str, Tensor], return_outpu
     asked = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
     shape = inputs["input_ids"].shape
     found = model(**asked)
-    logp_R = summed(found["logp_N"], found, shape)
+    logp_R = summed(found, shape)
     if "ref_chosen_logps" in inputs:
         reference_R = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
     else:
         (frozen,) = answers.reference(self, asked)
-        reference_R = summed(frozen["logp_N"], frozen, shape)
+        reference_R = summed(frozen, shape)
     ratio_R = logp_R - reference_R
     gap = _gap(ratio_R)
     loss = torch.zeros((), device=gap.device)
@@ -79,11 +77,8 @@ def _note(
     trainer: Any, inputs: dict[str, Tensor], found: dict[str, Tensor], logp_R: Tensor, reward_R: Tensor
 ) -> None:
     """TRL's metrics, under its names; all of them are of tokens of answers."""
-    training = trainer.model.training
-    metrics = trainer._metrics["train" if training else "eval"]
+    metrics = counted(trainer, inputs)
     chosen_N = found["row_N"] < len(logp_R) // 2
-    if training:
-        trainer._total_train_tokens += int(inputs["attention_mask"].sum())
     metrics["entropy"].append(mean(found["entropy_N"]))
     metrics["num_tokens"] = [trainer._total_train_tokens]
     metrics["logits/chosen"].append(mean(found["level_N"][chosen_N]))

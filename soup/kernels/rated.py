@@ -13,7 +13,7 @@ from torch import Tensor
 from trl import KTOTrainer
 
 from soup.kernels import answers
-from soup.kernels.answers import mean, summed
+from soup.kernels.answers import counted, mean, summed
 
 READ = ("input_ids", "attention_mask", "completion_mask")
 
@@ -22,8 +22,6 @@ def put_on(trainer: Any) -> int | str:
     """1, or why the trainer's loss stays TRL's."""
     if not isinstance(trainer, KTOTrainer):
         return f"{type(trainer).__name__} computes another loss"
-    if trainer.aux_loss_enabled:
-        return "the router's balancing loss is part of it"
     if trainer.loss_type != "kto":
         return f"the loss is {trainer.loss_type}"
     if (why := answers.put_on(trainer)) is not None:
@@ -60,7 +58,7 @@ def _compute_loss(self: Any, model: Any, inputs: dict[str, Tensor], return_outpu
 
 
 def _of_rows(found: dict[str, Tensor], rows: dict[str, Tensor]) -> Tensor:
-    return summed(found["logp_N"], found, rows["input_ids"].shape)
+    return summed(found, rows["input_ids"].shape)
 
 
 def _note(
@@ -72,10 +70,7 @@ def _note(
     values: dict[str, Tensor],
 ) -> None:
     """TRL's metrics, under its names; of a side that the batch does not have, none."""
-    training = trainer.model.training
-    metrics = trainer._metrics["train" if training else "eval"]
-    if training:
-        trainer._total_train_tokens += int(inputs["attention_mask"].sum())
+    metrics = counted(trainer, inputs)
     metrics["kl"].append(kl.item())
     metrics["entropy"].append(mean(found["entropy_N"]))
     metrics["num_tokens"] = [trainer._total_train_tokens]

@@ -16,16 +16,13 @@ from trl.experimental.orpo import ORPOTrainer
 
 from soup.kernels import answers
 from soup.kernels.answers import placed
-
-IGNORED = -100
+from soup.kernels.loss import IGNORED
 
 
 def put_on(trainer: Any) -> int | str:
     """1, or why the trainer's loss stays TRL's."""
     if not isinstance(trainer, (CPOTrainer, ORPOTrainer)):
         return f"{type(trainer).__name__} computes another loss"
-    if trainer.aux_loss_enabled:
-        return "the router's balancing loss is part of it"
     if not _known(trainer):
         return f"the loss is {trainer.loss_type} with cpo_alpha={trainer.cpo_alpha:g}"
     if (why := answers.put_on(trainer)) is not None:
@@ -54,7 +51,7 @@ def _concatenated_forward(self: Any, model: Any, batch: dict[str, Tensor]) -> An
         attention_mask=rows["concatenated_attention_mask"],
         completion_mask=asked_RT,
     )
-    logp_RT = placed(found["logp_N"], found, shape)
+    logp_RT = placed(found, shape)
     mean_R = (logp_RT * answer_RT).sum(1) / answer_RT[:, 1:].sum(1)
     if isinstance(self, ORPOTrainer):
         likelihood = -logp_RT[:half].sum() / asked_RT[:half, 1:].sum()

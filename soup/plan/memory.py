@@ -140,12 +140,12 @@ def peak(
 def proving(config: Config, decoder: Shape, device: Device, dtype: str, longest: int, adapters: int) -> float:
     """Bytes that proving the loss takes beside the process (soup.effects.undisturbed): all models in float32, and the
     logits of one row. What is frozen gives way to its copy, on a CPU when all of it is copied, since it is one mapped
-    file. Models that are measured as they train have the logits only."""
+    file. 0 of models that are measured as they train."""
+    if dtype == "float32" or config.model.stored != "none" or 4 * decoder.total > LARGE:
+        return 0.0
     size, task = BYTES[dtype], config.task
     models = 1 + task.frozen_models + (task.reference and config.lora.r is None and not task.precompute_ref)
     floats: float = (longest + task.generates) * decoder.vocab
-    if dtype == "float32" or config.model.stored != "none" or 4 * decoder.total > LARGE:
-        return 0.0
     held = 4 * (models + task.trained_models) * decoder.total + 4 * adapters
     trains = size * decoder.total if config.lora.r is None else 0
     if task.forwards > 1:  # a pair goes backward, too (soup.effects.accumulation)

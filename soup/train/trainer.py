@@ -92,9 +92,8 @@ class Resumable:
         transformers divides the loss of tokens by those of the whole step, adds the balancing loss of each batch in
         full, and multiplies both by the number of processes.
         """
-        micro_steps = getattr(
-            self, "current_gradient_accumulation_steps", 1
-        )  # of the loop, where there is one
+        # Outside the loop there is one.
+        micro_steps = getattr(self, "current_gradient_accumulation_steps", 1)
         parts = ranks.world() * (micro_steps if self.model.training else 1)
         base = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
         name = "router_aux_loss_coef"
