@@ -1,12 +1,14 @@
 """soup, plain TRL and Unsloth side by side: tokens that are not padding, per second, and peak memory.
 
     .venv/bin/python bench/throughput.py [--quick] [--json FILE] [--model FOLDER] [--data FILE] [--sides soup,trl] ...
+    .venv/bin/python bench/throughput.py --task dpo --batch 4 [--data FILE] ...
 
 Each side trains the same model on the same token rows in the same order, in a process of its own, with the same
 precision rule (bfloat16 weights and products with adapters, float32 weights where all train; float32 where the CPU has
 no bfloat16), the same batch, and the optimizer AdamW at one rate. Rounds alternate. The first step of each run warms up
 and is not counted. TRL and Unsloth are plain scripts at their libraries' defaults for this job, rows padded, and
-import nothing of soup; they read the rows that soup tokenised. soup is `python -m soup` as a user types it.
+import nothing of soup; they read the rows that soup tokenised. soup is `python -m soup` as a user types it. Of DPO's
+sides there are two: Unsloth trains SFT only on a CPU.
 
 Printed: medians over rounds and their range, the loss of the last step, each side's ratio to soup, and MFU: the
 model's own arithmetic (`flops`) over what this machine does in large bfloat16 products.
@@ -26,7 +28,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-SIDES = ("soup", "trl", "unsloth")
+SIDES = {"sft": ("soup", "trl", "unsloth"), "dpo": ("soup", "trl")}
+EMBEDDED = {"sft": "soup/embedded/keeper.jsonl", "dpo": "soup/embedded/preference.jsonl"}
 SEED, RATE = 42, 2e-4
 # What a user of TRL or Unsloth writes; argv: side, a JSON of settings.
 DIRECT = """
@@ -43,7 +46,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 set_seed(job["seed"])
 dtype = torch.bfloat16 if bf16 and job["r"] else torch.float32
@@ -67,8 +70,11 @@ else:
     if job["r"]:
         peft = LoraConfig(task_type="CAUSAL_LM", r=job["r"], lora_alpha=job["alpha"], target_modules="all-linear")
 
-class Timed(SFTTrainer):
+preference = job["task"] == "dpo"
+class Timed(DPOTrainer if preference else SFTTrainer):
     steps = []
+    def _prepare_dataset(self, dataset, *args, **kwargs):  # which soup has tokenised
+        return dataset
     def training_step(self, model, inputs, *args, **kwargs):
         mask = inputs.get("attention_mask")
         tokens = int(mask.sum() if mask is not None else inputs["input_ids"].numel())
@@ -81,13 +87,15 @@ class Ends(TrainerCallback):
     def on_step_end(self, *_, **__):
         Timed.steps[-1] |= {"end": time.perf_counter(), "idle": time.process_time()}
 
-extra = {"loss_type": "nll"} if side == "unsloth" else {}  # TRL's default takes Unsloth's forward away from it
+extra = {} if preference else {"dataset_kwargs": {"skip_prepare_dataset": True}}
+if side == "unsloth":
+    extra["loss_type"] = "nll"  # TRL's default takes Unsloth's forward away from it
 trainer = Timed(
     model=model,
-    args=SFTConfig(
+    args=(DPOConfig if preference else SFTConfig)(
         output_dir=job["folder"] + "/out", max_steps=job["steps"], per_device_train_batch_size=job["batch"],
         learning_rate=job["rate"], seed=job["seed"], data_seed=job["seed"], bf16=bf16, use_cpu=job["device"] == "cpu",
-        max_length=job["max_length"], dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False,
+        max_length=job["max_length"], gradient_checkpointing=False,
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, weight_decay=0.0,
         lr_scheduler_type="cosine", dataloader_pin_memory=False, **extra,
     ),
@@ -106,6 +114,7 @@ print("RESULT" + json.dumps({
 
 def soup_words(args: argparse.Namespace, root: str) -> list[str]:
     return [
+        f"task={args.task}",
         *(["model=smollm2"] if args.model is None else ["model=hub", f"model.base={args.model}"]),
         f"data.train={args.data}",
         "data.eval_fraction=0",
@@ -181,16 +190,22 @@ print(5 * 2 * 2048**3 / min(once() for _ in range(10)))
     )
 
 
-def flops(model: dict[str, Any], all_weights: bool, r: int, learnt_share: float, length: float) -> float:
-    """Operations a token that the model's mathematics needs: forward, gradients of activations, and of what trains."""
+def flops(
+    model: dict[str, Any], all_weights: bool, r: int, learnt_share: float, length: float, reference: bool
+) -> float:
+    """Operations a token that the model's mathematics needs: forward, gradients of activations, and of what trains;
+    and the reference's forward pass, which has no adapters."""
     from soup.plan.decoder import shape
 
     decoder = shape(model)
     passes = 6 if all_weights else 4  # two operations a weight in each of three passes, or of two
+    passes += 2 * reference
     layers = decoder.linear * passes
     head = decoder.vocab * decoder.hidden * passes * learnt_share
     thin = 0 if all_weights else decoder.layers * sum(6 * r * (i + o) for _, i, o, _ in decoder.linears)
-    attention = decoder.layers * decoder.heads * 2 * length / 2 * 2 * 3  # causal; backward is twice forward
+    attention = (
+        decoder.layers * decoder.heads * 2 * length / 2 * 2 * (3 + reference)
+    )  # causal; backward is twice forward
     return layers + head + thin + attention
 
 
@@ -214,7 +229,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="a model folder; SmolLM2-135M if not given")
-    parser.add_argument("--data", default=str(CHECKOUT / "soup/embedded/keeper.jsonl"))
+    parser.add_argument("--task", choices=SIDES, default="sft")
+    parser.add_argument("--data", help="a file of rows; the task's embedded ones if not given")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8, help="rows in a step")
     parser.add_argument("--steps", type=int, default=7)
@@ -222,7 +238,7 @@ def main() -> int:
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--alpha", type=int, default=32)
     parser.add_argument("--all-weights", action="store_true")
-    parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--sides", default="soup,trl,unsloth")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="one round of four steps")
     parser.add_argument("--json", help="a file for the numbers")
@@ -230,8 +246,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.quick:
         args.steps, args.rounds = 4, 1
-    args.data = str(Path(args.data).resolve())
-    sides = [side for side in SIDES if side in args.sides.split(",")]
+    args.data = str(Path(args.data or CHECKOUT / EMBEDDED[args.task]).resolve())
+    sides = [side for side in SIDES[args.task] if side in args.sides.split(",")]
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
     from soup.device import resolve
@@ -242,6 +258,7 @@ def main() -> int:
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     with TemporaryDirectory() as folder:
         job = {
+            "task": args.task,
             "model": str(model),
             "rows": str(rows),
             "folder": folder,
@@ -270,7 +287,7 @@ def main() -> int:
     lengths = report["lengths"]
     learnt = lengths["sum_labels"] / lengths["sum"]
     described = json.loads((model / "config.json").read_text())
-    needed = flops(described, args.all_weights, args.r, learnt, lengths["mean"])
+    needed = flops(described, args.all_weights, args.r, learnt, lengths["mean"], args.task == "dpo")
     result["matrix_flops_per_s"], result["flops_per_token"] = peak_rate, needed
     for side in sides:
         result["mfu_of"] = result.get("mfu_of", {}) | {

@@ -21,6 +21,8 @@ from soup.plan import Lengths, Plan, plan
 from soup.rope import scorers_fit
 from soup.schema import Config, check, merge_arguments
 
+MARGIN = 1.25  # by how much a plan of memory may be too high: bench/plan_accuracy.py, and what processes have in common
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
@@ -119,6 +121,8 @@ def _checked(point: Point, shared: Shared, *, train: bool) -> Checked:
     if config.longctx.rope_scaling_type != "none":
         scorers_fit(config)
     planned = plan(config, model=model.config, device=device, lengths=_lengths(reports))
+    if train and (problem := _too_large(config, device, planned)):
+        raise Refused(problem)
     return Checked(
         point=point,
         config=config,
@@ -178,6 +182,29 @@ def _here(config: Config, device: Device) -> list[Problem]:
                 )
             )
     return problems
+
+
+def _too_large(config: Config, device: Device, planned: Plan) -> Problem | None:
+    """A run of which this machine's memory, swap included, cannot hold the processes. What a GPU has is not known."""
+    import psutil
+
+    processes, each = config.distributed.processes, planned.peak_memory_bytes
+    there = device.memory_bytes + psutil.swap_memory().total
+    if device.kind != "cpu" or config.launch.slurm is not None or processes * each <= MARGIN * there:
+        return None
+    why = f"its peak is predicted to be {each / 2**30:.1f} GiB"
+    why += f" in each of {processes} processes" if processes > 1 else ""
+    fewer = int(there // each)
+    several = 1 < fewer < processes
+    return Problem(
+        key="distributed.processes" if several else "training.batch_size",
+        value=processes if several else config.training.batch_size,
+        why=f"{why}, and this machine has {there / 2**30:.1f} GiB of memory",
+        fix=f"distributed.processes={fewer}"
+        if several
+        else "a smaller one with more training.gradient_accumulation_steps, a shorter data.max_length, or "
+        "training.gradient_checkpointing=true; `soup plan` shows what needs how much",
+    )
 
 
 def _reports(config: Config, model_folder: Path, train: bool) -> dict[str, Report]:
