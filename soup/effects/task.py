@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -30,7 +30,7 @@ from soup.model.rope import FOLLOW
 ROWS = 3
 TOKENS = 64  # whose logits are taken in float64 at once
 ADVANTAGES = torch.tensor([1.0, -0.5])  # of the two answers that GRPO's loss is computed on
-MOVES = (1e-3, 1e-2, 1e-1, 1.0)  # of the parameter: the first that moves a row's log-probability far enough
+MOVES = (1e-3, 1e-2, 1e-1, 1.0)  # of the parameter: the first that moves a log-probability far enough
 MOVED = 2.0  # nats
 SIDES = {  # of columns with token ids, and what a row's sides are called
     "chosen_ids": "chosen",
@@ -68,11 +68,11 @@ def _loss(built: Any) -> Iterator[Effect]:
             ]  # its frequencies are those of the longest row, which another row alone has not
         batch = _collated(trainer, examples)
 
-        def measured() -> list[Row]:
-            return [_row(built, part) for example in examples for part in documents(example)]
+        def measured() -> Iterator[Row]:
+            return (_row(built, part) for example in examples for part in documents(example))
 
         with as_reference(built):
-            reference = measured()
+            reference = list(measured())
         if built.config.task.precompute_ref:
             reference = [_of_table(row, one) for row, one in zip(reference, examples, strict=True)]
         off = moved(model, measured, reference, built.config.task.reference)
@@ -279,8 +279,11 @@ def as_reference(built: Any) -> Iterator[None]:
 
 
 @contextmanager
-def moved(model: Any, measured: Any, before: list[Row], needed: bool) -> Iterator[list[Row]]:
-    """The policy's rows with one parameter moved off the reference; not moved where there is no reference."""
+def moved(
+    model: Any, measured: Callable[[], Iterable[Row]], before: list[Row], needed: bool
+) -> Iterator[list[Row]]:
+    """The policy's rows with one parameter moved off the reference, as far as it takes for the first row; not moved
+    where there is no reference."""
     if not needed:
         yield before
         return
@@ -290,15 +293,10 @@ def moved(model: Any, measured: Any, before: list[Row], needed: bool) -> Iterato
     try:
         for size in MOVES:
             parameter.copy_(kept + (size * wave).to(parameter.dtype))
-            after = measured()
-            gaps = [
-                abs(float((new.answers[side] - old.answers[side]).sum()))
-                for new, old in zip(after, before, strict=True)
-                for side in new.answers
-            ]
-            if max(gaps) > MOVED:
+            new, old = next(iter(measured())).answers, before[0].answers
+            if max(abs(float((new[side] - old[side]).sum())) for side in new) > MOVED:
                 break
-        yield after
+        yield list(measured())
     finally:
         with torch.no_grad():
             parameter.copy_(kept)

@@ -8,6 +8,7 @@ process has the run.
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import gc
 import io
 import os
@@ -178,6 +179,7 @@ def library_output_to(log: Path) -> int:
     os.dup2(target, 1)
     os.dup2(target, 2)
     os.close(target)
+    faulthandler.enable(2)  # where a crash in native code is, its log says
     return console
 
 
