@@ -171,6 +171,24 @@ def several(server) -> Callable[..., Forked]:
     return fork
 
 
+STOP = """
+import os, signal
+from soup.train.callbacks import Recorder
+log = Recorder.on_log
+def on_log(self, args, state, control, **rest):
+    log(self, args, state, control, **rest)
+    if state.global_step == {step}:
+        os.kill(os.getpid(), signal.SIGTERM)
+Recorder.on_log = on_log
+"""
+
+
+@pytest.fixture(scope="session")
+def stop_at() -> Callable[[int], str]:
+    """`stop_at(3)`: code by which a training process is asked to stop once it has logged that step."""
+    return lambda step: STOP.format(step=step)
+
+
 @pytest.fixture(scope="session")
 def metrics() -> Callable[[Any], list[dict[str, Any]]]:
     """The lines of metrics.jsonl without what is measured in seconds and bytes."""

@@ -13,16 +13,6 @@ from soup.errors import Refused
 OWN, LONG = 32, 128
 KINDS = ("linear", "dynamic", "yarn", "llama3", "longrope")
 LISTS = ("longctx.short_factor=[1,1,1,1,1,1,1,2]", "longctx.long_factor=[1,1,2,3,4,4,4,4]")
-STOP = """
-import os, signal
-from soup.train.callbacks import Recorder
-log = Recorder.on_log
-def on_log(self, args, state, control, **rest):
-    log(self, args, state, control, **rest)
-    if state.global_step == 3:
-        os.kill(os.getpid(), signal.SIGTERM)
-Recorder.on_log = on_log
-"""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +57,7 @@ def logits(model, tokens=100):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_a_stopped_run_goes_on_bit_for_bit(server, place, tree, unequal, stretched, kind):
+def test_a_stopped_run_goes_on_bit_for_bit(server, place, tree, unequal, stretched, kind, stop_at):
     """Batches of one row, some within the model's own length: the kinds whose frequencies follow it."""
     tree = tree(
         *stretched(kind, "training.batch_size=1", "training.max_steps=8", "training.save_steps=4"),
@@ -78,7 +68,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(server, place, tree, unequal, stretch
     whole, stopped = place(tree, "whole"), place(tree, "stopped")
     process = server(whole)
     assert process.wait() == 0, process.stdout.read()
-    assert server(stopped, code=STOP).wait() == 130
+    assert server(stopped, code=stop_at(3)).wait() == 130
     assert server(stopped).wait() == 0
     assert unequal(whole, stopped) == []
     proved = json.loads(whole.effective.read_text())

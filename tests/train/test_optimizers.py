@@ -6,8 +6,6 @@ import json
 
 import pytest
 
-from tests.train.test_quantized_resume import STOP
-
 LEARNS = {
     "adafactor": 1e-2,
     "adamw_8bit": 5e-3,
@@ -39,7 +37,7 @@ MORE = (
 @pytest.mark.parametrize(
     ("optim", "lora"), [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE)]
 )
-def test_it_learns_and_goes_on_bit_for_bit(server, place, tree, unequal, optim, lora):
+def test_it_learns_and_goes_on_bit_for_bit(server, place, tree, unequal, stop_at, optim, lora):
     tree = tree(
         f"optim={optim}",
         f"lora={lora}",
@@ -54,7 +52,7 @@ def test_it_learns_and_goes_on_bit_for_bit(server, place, tree, unequal, optim, 
     )
     whole, stopped = place(tree, "whole"), place(tree, "stopped")
     assert server(whole).wait() == 0
-    assert server(stopped, code=STOP).wait() == 130
+    assert server(stopped, code=stop_at(3)).wait() == 130
     assert server(stopped).wait() == 0
     assert unequal(whole, stopped) == []
     logged = [json.loads(line) for line in whole.metrics.read_text().splitlines()]

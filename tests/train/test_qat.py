@@ -151,21 +151,9 @@ def test_a_saved_adapter_loads_with_peft(finished):
     assert all(torch.equal(live[name], one) for name, one in loaded.items())
 
 
-STOP = """
-import os, signal
-from soup.train.callbacks import Recorder
-log = Recorder.on_log
-def on_log(self, args, state, control, **rest):
-    log(self, args, state, control, **rest)
-    if state.global_step == 3:
-        os.kill(os.getpid(), signal.SIGTERM)
-Recorder.on_log = on_log
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", ["lora=none", "lora=lora", "lora=dora"])
-def test_a_stopped_run_goes_on_bit_for_bit(server, place, tree, unequal, choice):
+def test_a_stopped_run_goes_on_bit_for_bit(server, place, tree, unequal, choice, stop_at):
     tree = tree(
         *AWARE,
         choice,
@@ -176,7 +164,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(server, place, tree, unequal, choice)
     )
     whole, stopped = place(tree, "whole"), place(tree, "stopped")
     assert server(whole).wait() == 0
-    assert server(stopped, code=STOP).wait() == 130
+    assert server(stopped, code=stop_at(3)).wait() == 130
     assert server(stopped).wait() == 0
     assert unequal(whole, stopped) == []
 

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-STOP = """
-import os, signal
-from soup.train.callbacks import Recorder
-log = Recorder.on_log
-def on_log(self, args, state, control, **rest):
-    log(self, args, state, control, **rest)
-    if state.global_step == 3:
-        os.kill(os.getpid(), signal.SIGTERM)
-Recorder.on_log = on_log
-"""
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_a_stopped_run_goes_on_bit_for_bit(server, place, tree, unequal, quantization):
+def test_a_stopped_run_goes_on_bit_for_bit(server, place, tree, unequal, quantization, stop_at):
     tree = tree(
         f"model.quantization={quantization}",
         "lora.dropout=0.1",
@@ -29,7 +18,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(server, place, tree, unequal, quantiz
     )
     whole, stopped = place(tree, "whole"), place(tree, "stopped")
     assert server(whole).wait() == 0
-    assert server(stopped, code=STOP).wait() == 130
+    assert server(stopped, code=stop_at(3)).wait() == 130
     assert stopped.last_checkpoint().name in ("checkpoint-3", "checkpoint-4")
     assert server(stopped).wait() == 0
     assert unequal(whole, stopped) == []

@@ -6,16 +6,6 @@ import json
 
 import pytest
 
-STOP = """
-import os, signal
-from soup.train.callbacks import Recorder
-log = Recorder.on_log
-def on_log(self, args, state, control, **rest):
-    log(self, args, state, control, **rest)
-    if state.global_step == 3:
-        os.kill(os.getpid(), signal.SIGTERM)
-Recorder.on_log = on_log
-"""
 LOGGED = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "eval_loss", "num_tokens")
 SHARED = ("model.dtype=float32", "training.max_steps=3", "training.logging_steps=1", "training.eval_steps=2")
 CASES = {
@@ -114,14 +104,14 @@ def test_sixteen_bits(losses):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_bit_for_bit(several, place, tree, unequal):
+def test_a_stopped_run_goes_on_bit_for_bit(several, place, tree, unequal, stop_at):
     words = ("task=pretrain", "training.packing=true", "training.batch_size=2", "training.max_steps=6")
     words += ("training.save_steps=2", "training.logging_steps=1", "training.eval_steps=2", "optim.lr=5e-3")
     tree = tree(*ring(2, 2), *words)
     whole, stopped = place(tree, "whole"), place(tree, "stopped")
     process = several(whole, 2)
     assert process.wait() == 0, process.stdout.read()
-    assert several(stopped, 2, code=STOP).wait() == 0
+    assert several(stopped, 2, code=stop_at(3)).wait() == 0
     assert stopped.state() == "interrupted"
     process = several(stopped, 2)
     assert process.wait() == 0, process.stdout.read()

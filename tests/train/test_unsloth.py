@@ -172,22 +172,10 @@ def test_it_trains_as_transformers_does(trained, server, place, tree, tiny_model
     assert files[0] == files[1]
 
 
-STOP = """
-import os, signal
-from soup.train.callbacks import Recorder
-log = Recorder.on_log
-def on_log(self, args, state, control, **rest):
-    log(self, args, state, control, **rest)
-    if state.global_step == 5:
-        os.kill(os.getpid(), signal.SIGTERM)
-Recorder.on_log = on_log
-"""
-
-
 @pytest.mark.parametrize("name", CHOICES)
-def test_a_stopped_run_goes_on_bit_for_bit(trained, unsloth, place, tree, unequal, name):
+def test_a_stopped_run_goes_on_bit_for_bit(trained, unsloth, place, tree, unequal, name, stop_at):
     run = place(tree("backend=unsloth", *JOB, *CHOICES[name]))
-    assert unsloth(run, code=STOP)[0] == 130
+    assert unsloth(run, code=stop_at(5))[0] == 130
     stopped = int(run.last_checkpoint().name.rpartition("-")[2])
     assert stopped in (5, 6)
     status, shown = unsloth(run)
