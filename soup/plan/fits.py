@@ -31,12 +31,25 @@ def refuse_unfit(
     Raises:
         Refused: a row is longer than the model's context, or a setting finds nothing in this model to work on.
     """
+    _plain(config, model)
     _within_context(config, model, longest)
     _projects(config, decoder)
     _quantizes(config, decoder, device, str(model.get("model_type")))
     _adapts(config, str(model.get("model_type")))
     _scores(config, model)
     _runs(config, model, device, longest)
+
+
+def _plain(config: Config, model: Mapping[str, Any]) -> None:
+    """Refuses weights that are stored quantized: what trains starts from plain ones, quantized as soup is asked to."""
+    if stored := model.get("quantization_config"):
+        why = (
+            f"its weights are stored quantized, by {stored.get('quant_method', 'a method that is not named')}"
+        )
+        fix = (
+            "the model that it was made from, and model.quantization=4bit to quantize that while it is loaded"
+        )
+        raise Refused(Problem(key="model.base", value=config.model.base, why=why, fix=fix))
 
 
 def _within_context(config: Config, model: Mapping[str, Any], longest: int) -> None:

@@ -129,7 +129,7 @@ def prove(run: Run) -> int:
 def _job(run: Run) -> Any:
     """`soup.train.job`, whose imports Unsloth must come before where it is the backend."""
     config = check(run.tree())
-    spared.deepspeed(config.distributed.spread)
+    spared.absent(spared.unused(config))
     if config.backend.unsloth:
         unsloth.take_over(resolve(config.launch.device))
     from soup.train import job

@@ -56,7 +56,7 @@ def preload(words: Sequence[str]) -> None:
     """Imports what the children need."""
     from soup.train import spared
 
-    spared.deepspeed("none")  # runs of several processes are not forked from here
+    spared.absent({"deepspeed"})  # runs of several processes are not forked from here
     if words[:1] == ["--unsloth"]:
         from soup.device import resolve
         from soup.model import unsloth

@@ -382,3 +382,10 @@ def test_the_families_that_score_are_those_of_transformers():
     from soup.plan.fits import scoring
 
     assert scoring() == set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+
+
+@pytest.mark.parametrize("words", ["", "model.quantization=4bit", "backend=unsloth"])
+def test_weights_that_are_stored_quantized_are_refused(compose, words):
+    stored = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    with pytest.raises(Refused, match="model.base=.* stored quantized, by bitsandbytes"):
+        planned(compose, *words.split(), model=stored)
