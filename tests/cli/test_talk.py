@@ -275,6 +275,7 @@ class TestPush:
         (("lora=dora",), "serves no DoRA"),
         (("lora=none",), "vllm serve FOLDER"),
         (("lora.r=20",), "--max-lora-rank 32"),
+        (("model.chat_template=chatml.jinja",), "tuned=FOLDER --chat-template FOLDER/chat_template.jinja"),
     ],
     ids=str,
 )
