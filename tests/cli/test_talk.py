@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import pytest
 from soup.cli import push as pushing
 from soup.cli.main import main
 from soup.cli.quiet import libraries_quiet
+from soup.cli.talk import HELP
 from soup.errors import Problem, Refused
 
 TRAINED = ("model.dtype=float32", "training.max_steps=6", "optim.lr=2e-2", "training.logging_steps=3")
@@ -98,6 +100,46 @@ def test_chat_keeps_the_conversation(finished, tiny_model, capsys, monkeypatch):
         told = [shown.index(f"{name}: {text}") for text in (answer, again, anew)]
         assert told == sorted(told), "in this order"
     assert shown.count("tuned: ") == 3
+
+
+class Terminal(io.StringIO):
+    """What is typed, or what is shown. `interrupts`: the number of a piece of an answer, at which Ctrl-C is pressed."""
+
+    interrupts = None
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        if self.interrupts is not None and text not in ("", "\n", "\n> ", HELP):
+            self.interrupts -= 1
+            if self.interrupts == 0:
+                signal.raise_signal(signal.SIGINT)
+        return super().write(text)
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(finished, monkeypatch):
+    run, root = finished()
+    shown = Terminal()
+    monkeypatch.setattr("sys.stdin", Terminal("Who are you?\nAnd I?\n"))
+    monkeypatch.setattr("sys.stdout", shown)
+    shown.interrupts = 3
+    assert main(["chat", root, "--max-tokens", "30"]) == 0
+    first, second = (part.rstrip("\n") for part in shown.getvalue().split("\n> ")[1:3])
+    (whole,) = expected(run.model, [user("Who are you?")], 30)
+    assert 0 < len(first) < len(whole) and whole.startswith(first)
+    later = [*user("Who are you?"), {"role": "assistant", "content": first.strip()}, *user("And I?")]
+    assert second == expected(run.model, [later], 30)[0].rstrip("\n")
+    assert shown.getvalue().endswith("\n> \n"), "Ctrl-D"
+
+
+def test_ctrl_c_ends_what_reads_from_a_pipe(finished, monkeypatch):
+    _, root = finished()
+    shown = Terminal()
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who are you?\nAnd I?\n"))
+    monkeypatch.setattr("sys.stdout", shown)
+    shown.interrupts = 2
+    assert main(["chat", root, "--max-tokens", "30"]) == 130
 
 
 def test_what_is_streamed_comes_in_pieces_and_stops_when_left(finished):
