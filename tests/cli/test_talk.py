@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,15 @@ def test_chat_keeps_the_conversation(finished, tiny_model, capsys, monkeypatch):
         told = [shown.index(f"{name}: {text}") for text in (answer, again, anew)]
         assert told == sorted(told), "in this order"
     assert shown.count("tuned: ") == 3
+
+
+def test_a_base_that_is_gone(finished, tiny_model, tmp_path, capsys):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    _, root = finished(f"model.base={base}")
+    shutil.rmtree(base)
+    assert main(["chat", root]) == 2
+    shown = capsys.readouterr().err
+    assert f"lacks its base\n    fix: its base, {base}, where it was" in shown
 
 
 class Terminal(io.StringIO):
