@@ -98,6 +98,7 @@ def _submit(sweep: Sweep, points: Sequence[Wanted], say: Say) -> None:
 
 def _fed(sweep: Sweep, say: Say, first: Sequence[str], feed: Any) -> int:
     """Keeps as many jobs as the sweep may have, until there are no further points; returns 130 on Ctrl-C, else 0."""
+    slurm.queued(sweep.root)  # a SLURM that does not answer at the beginning is not waited for
     most = sweep.record()["settings"]["array_parallelism"]
     todo, mine, pause_s, silent = set(first), set(first), POLL_S[0], False
     try:

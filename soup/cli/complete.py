@@ -6,6 +6,9 @@ import os
 import re
 import sys
 from argparse import Namespace
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.errors import HydraException
@@ -55,14 +58,40 @@ def _query(shell: str) -> int:
             print("\n".join(name for name in COMMANDS if name.startswith(last)))
         elif not COMMANDS[command].composes:  # takes runs and files, which the shell itself completes
             actions = COMMANDS["runs"].says.split() if args.overrides == ["runs"] else []
-            print("\n".join(name for name in [*actions, "run.root="] if name.startswith(last)))
+            offered = [name for name in [*actions, "run.root="] if name.startswith(last)]
+            print("\n".join(_files(last) if "=" in last else offered))
             return 0
         overrides = [word for word in args.overrides if "=" in word or word.startswith("~")]
         os.environ["COMP_LINE"] = " ".join(["soup", *overrides, last])
         with hydra(args) as engine:
             # Hydra's plugins offer what they can when its own exceptions say that a line does not compose.
             engine.config_loader = ConfigLoaderImpl(engine.config_loader.config_search_path)
-            engine.shell_completion(args.config_name, [f"query={shell}"])
+            with redirect_stdout(StringIO()) as said:
+                engine.shell_completion(args.config_name, [f"query={shell}"])
+            # Hydra has files only after ./ and /, and marks no folder.
+            offered = "" if re.search("=[./]", last) else said.getvalue().strip()
+            print(offered or "\n".join(_files(last)))
     except (Refused, HydraException):  # a line that cannot be read has no candidates
         pass
     return 0
+
+
+def _files(word: str) -> list[str]:
+    """`data.train=ro` with each file that its value, or the last of its list, begins; none whose name needs quotes."""
+    split = re.fullmatch(r"([^=]+=(?:.*[\[,])?)([^\[,]*)", word)
+    if split is None:
+        return []
+    before, typed = split.groups()
+    folder, _, start = typed.rpartition("/")
+    above = typed.removesuffix(start)
+    try:
+        there = sorted(Path(folder or above or ".").expanduser().iterdir())
+    except OSError:
+        return []
+    return [
+        f"{before}{above}{one.name}{'/' * one.is_dir()}"
+        for one in there
+        if one.name.startswith(start)
+        and (start or one.name[0] != ".")
+        and re.fullmatch(r"[\w.@+-]+", one.name)
+    ]

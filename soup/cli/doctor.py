@@ -86,7 +86,8 @@ def _print(found: Sequence[Finding], needed: set[str], failed: Sequence[Finding]
     for one in found:
         style = STYLES[one.state]
         state = f"[{style}]{one.state}[/{style}]"
-        table.add_row(one.name, state, "yes" if one.name in needed else "", one.detail.replace("[", "\\["))
+        detail = one.detail.replace("; ", "\n").replace("[", "\\[")
+        table.add_row(one.name, state, "yes" if one.name in needed else "", detail)
     console.print(table)
     mends = [one for one in found if one.mend]
     if mends:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from soup import slurm
 from soup import sweep as sweeps
 from soup.cli import points as before
 from soup.cli.check import Checked, admitted
@@ -35,6 +36,8 @@ def multirun(
     from soup.cli.loader import launcher
 
     ready = admit(points, found, args, say)
+    root = Path(ready[0].config.run.root).absolute()
+    kept = {one.folder for one in sweeps.every(root)} | {path.parent for path in root.glob("*/config.yaml")}
     runs = [settle(one) if isinstance(one, Checked) else None for one in found]
     for line in before.table(points, found, runs, pruner=args.pruner is not None):
         say(line)
@@ -42,7 +45,11 @@ def multirun(
     say(f"\nsweep {sweep.id}: {_counts(sweep.states().values())}")
     _say_costs(ready, [run for run in runs if run is not None], say)
     launch = ready[0].config.tree["launch"]
-    status = launcher(launch["name"]).start(sweep, say)
+    try:
+        status = launcher(launch["name"]).start(sweep, say)
+    except Refused:
+        _withdraw(sweep, kept)
+        raise
     if launch.get("dry_run"):
         return status
     if not launch["wait"]:
@@ -176,6 +183,20 @@ def _record(
         points=list(listed.values()),
         invalid=invalid,
     )
+
+
+def _withdraw(sweep: Sweep, kept: set[Path]) -> None:
+    """Removes what was written for a sweep that its launcher refuses, unless some of its jobs are submitted.
+
+    `kept`: folders that were there before.
+    """
+    if any(one.record()["job"] for one in slurm.submissions(sweep)):
+        return
+    for run in map(sweep.run, sweep.points()):
+        if run.folder not in kept and run.state() == "new":
+            shutil.rmtree(run.folder)
+    if sweep.folder not in kept:
+        shutil.rmtree(sweep.folder)
 
 
 def _say_costs(ready: Sequence[Checked], runs: Sequence[Run], say: Say) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from soup.errors import Problem, Refused
 from soup.record import Run, find
 
 MAX_TOKENS = 256  # of an answer
-HELP = "/new starts over, /quit ends; so does Ctrl-D"
+HELP = "/new starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 
 
 @libraries_quiet()
@@ -28,8 +29,14 @@ def chat(words: list[str], args: Namespace) -> int:
     while True:
         if terminal:
             print("\n> ", end="", flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            print()
+            raise
         said = line.strip()
+        if not line and terminal:
+            print()  # or the shell's prompt comes behind this one
         if not line or said == "/quit":
             return 0
         if said == "/new":
@@ -38,12 +45,27 @@ def chat(words: list[str], args: Namespace) -> int:
             for name, talk in talks.items():
                 talk.append({"role": "user", "content": said})
                 print(f"{name}: " if name else "", end="", flush=True)
-                answer = ""
-                for piece in speaker.stream(talk, base=name == "base"):
-                    print(piece, end="", flush=True)
-                    answer += piece
-                print(flush=True)
-                talk.append({"role": "assistant", "content": answer.strip()})
+                answer = _answer(speaker, talk, name == "base", terminal)
+                if answer:
+                    talk.append({"role": "assistant", "content": answer.strip()})
+                else:  # stopped before it said anything
+                    talk.pop()
+
+
+def _answer(speaker: Any, talk: list[dict[str, Any]], base: bool, terminal: bool) -> str:
+    """Prints the answer as it comes; on a terminal Ctrl-C cuts it short, a second one ends the command."""
+    answer = ""
+    try:
+        with closing(speaker.stream(talk, base=base)) as pieces:
+            for piece in pieces:
+                answer += piece
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt as stop:
+        if not terminal or isinstance(stop.__context__, KeyboardInterrupt):
+            print()
+            raise
+    print(flush=True)
+    return answer
 
 
 @libraries_quiet()

@@ -59,7 +59,9 @@ def capable(console: Console) -> bool:
 
 def view(found: Found, width: int, height: int) -> RenderableType:
     """Counts, how far the whole is, and a row a point; where not all fit, what needs attention and the best."""
-    errors = [one for one in found["points"] if one.get("error")][-ERRORS:] if height >= TALL else []
+    told = [one for one in found["points"] if one.get("error")]  # of one that is queued, why it waits
+    bad = [one for one in told if one["state"] != "queued"]
+    errors = (bad or told)[-ERRORS:] if height >= TALL else []
     room = max(1, height - HEAD - FOOT - (len(errors) + 1 if errors else 0))
     shown = _fitting(found["points"], room)
     left_out = len(found["points"]) - len(shown) + found["left_out"]
@@ -73,7 +75,8 @@ def view(found: Found, width: int, height: int) -> RenderableType:
         parts.append(Text(f"and {left_out} more points", style="dim"))
     if errors:
         parts.append(Text())
-        parts += [_line(f"{one['number']} {one['error']}", width, "red") for one in errors]
+        style = "red" if bad else "dim"
+        parts += [_line(f"{one['number']} {one['error']}", width, style) for one in errors]
     parts.append(_line(_foot(found), width, "dim"))
     return Group(*parts)
 

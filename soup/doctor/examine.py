@@ -23,7 +23,7 @@ from soup.device import cores
 from soup.doctor.capabilities import SOUP, STACK, Capability
 
 if TYPE_CHECKING:
-    from packaging.specifiers import SpecifierSet
+    from packaging.specifiers import Specifier, SpecifierSet
 
 LIMIT_S = 120.0  # of one capability, most of it imports; on two idle cores the slowest takes 20
 
@@ -199,14 +199,35 @@ def versions() -> Finding:
     wrong = list(_mismatches())
     if not wrong:
         return Finding(name="versions", state="works", detail="installed packages accept one another")
-    detail = "; ".join(
-        f"{by} needs {name}{ranges}, and {found} is installed" for by, name, ranges, found in wrong
-    )
+    asked: dict[tuple[str, str], list[str]] = {}
     wanted: dict[str, SpecifierSet] = {}
-    for _, name, ranges, _ in wrong:
+    for by, name, ranges, found in wrong:
+        failing = ",".join(str(one) for one in ranges if not one.contains(found, prereleases=True))
+        asked.setdefault((name, found), []).append(f"{by} needs {name}{failing}")
         wanted[name] = wanted.get(name, SpecifierSet()) & ranges
-    words = " ".join(shlex.quote(f"{name}{ranges}") for name, ranges in wanted.items())
+    detail = "; ".join(f"{', '.join(needs)}, and {found} is installed" for (_, found), needs in asked.items())
+    words = " ".join(shlex.quote(f"{name}{_tightest(ranges)}") for name, ranges in wanted.items())
     return Finding(name="versions", state="broken", detail=detail, mend=f"pip install {words}")
+
+
+def _tightest(ranges: SpecifierSet) -> SpecifierSet:
+    """The same range without bounds that others imply."""
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
+
+    def bounds(*operators: str) -> list[Specifier]:
+        found = [one for one in ranges if one.operator in operators]
+        return sorted(found, key=lambda one: (Version(one.version), one.operator))
+
+    ends = [*bounds(">=")[-1:], *bounds("<", "<=")[:1]]
+    within = SpecifierSet(",".join(map(str, ends)))
+    rest = [
+        one
+        for one in ranges
+        if one.operator not in (">=", "<", "<=", "!=")
+        or (one.operator == "!=" and within.contains(one.version.removesuffix(".*"), prereleases=True))
+    ]
+    return SpecifierSet(",".join(map(str, [*ends, *rest])))
 
 
 def _mismatches() -> Iterator[tuple[str, str, SpecifierSet, str]]:

@@ -115,7 +115,7 @@ def load_model(
     changed: dict[str, Any] = {} if head == "causal" else {"num_labels": 1}
     if router is not None:
         changed["router_aux_loss_coef"] = router
-    with readable(spec):
+    with readable(spec, head):
         if scaling is None:
             options |= changed
         else:
@@ -142,8 +142,9 @@ def load_model(
 
 
 @contextmanager
-def readable(spec: ModelSpec) -> Iterator[None]:
+def readable(spec: ModelSpec, head: str = "causal") -> Iterator[None]:
     """Turns what loading raises about a folder into a refusal."""
+    kind = "causal language model" if head == "causal" else "reward model"
     try:
         yield
     except (ValueError, OSError, SafetensorError) as error:
@@ -151,7 +152,7 @@ def readable(spec: ModelSpec) -> Iterator[None]:
             Problem(
                 key="model.base",
                 value=spec.base,
-                why=f"cannot be loaded as a causal language model: {str(error).strip().splitlines()[0]}",
+                why=f"cannot be loaded as a {kind}: {str(error).strip().splitlines()[0]}",
                 fix="a model folder or name whose config.json describes a causal language model",
             )
         ) from error

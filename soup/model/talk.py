@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -127,7 +128,8 @@ def _loaded(run: Run, base: str, trust: bool, dtype: Any, device: str) -> Any:
         else:
             model = AutoModelForCausalLM.from_pretrained(run.model, dtype=dtype, trust_remote_code=trust)
     except (OSError, ValueError) as error:
-        why = f"does not load: {str(error).strip().splitlines()[0]}"
+        gone = base.startswith(("/", ".", "~")) and not Path(base).expanduser().is_dir()
+        why = "lacks its base" if gone else f"does not load: {str(error).strip().splitlines()[0]}"
         fix = f"its base, {base}, where it was when the run was trained"
         raise Refused(Problem(key="run", value=run.id, why=why, fix=fix)) from error
     return model.to(device).eval()

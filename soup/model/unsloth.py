@@ -71,7 +71,7 @@ def load_model(config: Config, folder: Path, precise: Precision) -> Any:
 
     head, training = config.task.head, config.training
     checkpointing = training.gradient_checkpointing
-    with readable(config.model), _loading() as loaded:
+    with readable(config.model, head), _loading() as loaded:
         model, _ = FastLanguageModel.from_pretrained(
             str(folder),
             max_seq_length=config.data.max_length,

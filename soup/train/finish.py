@@ -113,6 +113,8 @@ def _serving(config: Config, scores: bool, stretched: Scaling | None) -> str:
     if rank is None:
         return f"{merged} rank above {VLLM_RANKS[-1]}.\n\n"
     words = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned=FOLDER"
+    if config.model.chat_template is not None:  # it would take the base's
+        words += " --chat-template FOLDER/chat_template.jinja"
     return (
         f"With transformers alone, once `soup runs export --merged` has folded the adapter in:\n\n```python\n"
         f"from transformers import AutoModelForCausalLM\n\n"

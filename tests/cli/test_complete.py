@@ -65,6 +65,39 @@ def test_own_choices(candidates, tmp_path):
     assert candidates(f"soup --config-dir {tmp_path}/own experiment=min") == ["experiment=mine"]
 
 
+@pytest.fixture
+def some_files(candidates, tmp_path, monkeypatch):  # noqa: ARG001 - whose shell is to be in its own folder first
+    folder = tmp_path / "data"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("rows.jsonl", "rest.csv", ".hidden.jsonl", "two words.jsonl", "sub/one.jsonl", "dpo"):
+        (folder / name).touch()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("line", "all_of_them"),
+    [
+        ("soup data.train=ro", ["data.train=rows.jsonl"]),
+        (
+            "soup plan data.train=",
+            ["data.train=dpo", "data.train=rest.csv", "data.train=rows.jsonl", "data.train=sub/"],
+        ),
+        ("soup data.train=.h", ["data.train=.hidden.jsonl"]),
+        ("soup data.train=./s", ["data.train=./sub/"]),
+        ("soup data.eval=sub/", ["data.eval=sub/one.jsonl"]),
+        ("soup model=hub model.base=su", ["model.base=sub/"]),
+        ("soup data.train=[rows.jsonl,re", ["data.train=[rows.jsonl,rest.csv"]),
+        ("soup -m data.train=rows.jsonl,re", ["data.train=rows.jsonl,rest.csv"]),
+        ("soup report run.root=su", ["run.root=sub/"]),
+        ("soup task=dp", ["task=dpo"]),
+        ("soup data.train=none/", []),
+    ],
+)
+def test_values_complete_as_files(candidates, some_files, line, all_of_them):  # noqa: ARG001
+    assert candidates(line) == all_of_them
+
+
 LINES = {"task=dp": "task=dpo", "optim=galore optim.galore_r": "optim.galore_rank="}
 
 
@@ -113,24 +146,47 @@ def test_fish_completes_files_where_soup_has_nothing(programs, tmp_path):
     (tmp_path / "mine.yaml").touch()
     script = f"cd {tmp_path}; soup --shell-completion install=fish | source; complete -C 'soup import mi'"
     assert "mine.yaml" in ask("fish", script, programs)
+    script = script.replace("import mi", "data.train=mi")
+    assert "data.train=mine.yaml" in ask("fish", script, programs)
+
+
+def test_bash_completes_files_after_a_key(programs, tmp_path):
+    (tmp_path / "mine.jsonl").touch()
+    script = f"""
+        cd {tmp_path}
+        eval "$(soup --shell-completion install=bash)"
+        COMP_LINE="soup data.train=mi" COMP_POINT=18
+        soup_completion
+        echo "${{COMPREPLY[@]}}"
+    """
+    assert ask("bash", script, programs) == ["data.train=mine.jsonl"]
 
 
 @pytest.mark.parametrize("program", ["soup", "python -m soup"])
 @pytest.mark.parametrize("line", LINES)
 def test_zsh_completes(program, line, programs):
-    """A real terminal: what is typed, a tab, and what stands on the line then."""
-    keys = f"{program} {line}\t"
+    assert typed_in_zsh(f"{program} {line}", program, LINES[line], programs)
+
+
+def test_zsh_completes_files_after_a_key(programs, tmp_path):
+    (tmp_path / "mine.jsonl").touch()
+    assert typed_in_zsh("soup data.train=mi", "soup", "data.train=mine.jsonl", programs, f"cd {tmp_path};")
+
+
+def typed_in_zsh(line, program, wanted, programs, first=""):
+    """A real terminal: what is typed, a tab, and whether what stands on the line then has what is wanted."""
+    keys = f"{line}\t"
     script = f"""
         zmodload zsh/zpty
         zpty shell zsh -f -i
-        zpty -w shell 'PS1=; autoload -Uz compinit; compinit -u; eval "$({program} -sc install=zsh)"; echo RE""ADY'
+        zpty -w shell '{first} PS1=; autoload compinit; compinit -u; eval "$({program} -sc install=zsh)"; echo RE""ADY'
         zpty -r shell out '*READY*'
         zpty -n -w shell $'{keys.encode("unicode_escape").decode()}'
         typeset all=; repeat 100; do
             sleep 0.1; zpty -r -t shell part && all+=$part
-            [[ $all == *'{LINES[line]}'* ]] && break
+            [[ $all == *'{wanted}'* ]] && break
         done
         print -r -- $all
         zpty -d shell
     """
-    assert any(LINES[line] in word for word in ask("zsh", script, programs))
+    return any(wanted in word for word in ask("zsh", script, programs))

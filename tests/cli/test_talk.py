@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -13,6 +15,7 @@ import pytest
 from soup.cli import push as pushing
 from soup.cli.main import main
 from soup.cli.quiet import libraries_quiet
+from soup.cli.talk import HELP
 from soup.errors import Problem, Refused
 
 TRAINED = ("model.dtype=float32", "training.max_steps=6", "optim.lr=2e-2", "training.logging_steps=3")
@@ -98,6 +101,55 @@ def test_chat_keeps_the_conversation(finished, tiny_model, capsys, monkeypatch):
         told = [shown.index(f"{name}: {text}") for text in (answer, again, anew)]
         assert told == sorted(told), "in this order"
     assert shown.count("tuned: ") == 3
+
+
+def test_a_base_that_is_gone(finished, tiny_model, tmp_path, capsys):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    _, root = finished(f"model.base={base}")
+    shutil.rmtree(base)
+    assert main(["chat", root]) == 2
+    shown = capsys.readouterr().err
+    assert f"lacks its base\n    fix: its base, {base}, where it was" in shown
+
+
+class Terminal(io.StringIO):
+    """What is typed, or what is shown. `interrupts`: the number of a piece of an answer, at which Ctrl-C is pressed."""
+
+    interrupts = None
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        if self.interrupts is not None and text not in ("", "\n", "\n> ", HELP):
+            self.interrupts -= 1
+            if self.interrupts == 0:
+                signal.raise_signal(signal.SIGINT)
+        return super().write(text)
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(finished, monkeypatch):
+    run, root = finished()
+    shown = Terminal()
+    monkeypatch.setattr("sys.stdin", Terminal("Who are you?\nAnd I?\n"))
+    monkeypatch.setattr("sys.stdout", shown)
+    shown.interrupts = 3
+    assert main(["chat", root, "--max-tokens", "30"]) == 0
+    first, second = (part.rstrip("\n") for part in shown.getvalue().split("\n> ")[1:3])
+    (whole,) = expected(run.model, [user("Who are you?")], 30)
+    assert 0 < len(first) < len(whole) and whole.startswith(first)
+    later = [*user("Who are you?"), {"role": "assistant", "content": first.strip()}, *user("And I?")]
+    assert second == expected(run.model, [later], 30)[0].rstrip("\n")
+    assert shown.getvalue().endswith("\n> \n"), "Ctrl-D"
+
+
+def test_ctrl_c_ends_what_reads_from_a_pipe(finished, monkeypatch):
+    _, root = finished()
+    shown = Terminal()
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who are you?\nAnd I?\n"))
+    monkeypatch.setattr("sys.stdout", shown)
+    shown.interrupts = 2
+    assert main(["chat", root, "--max-tokens", "30"]) == 130
 
 
 def test_what_is_streamed_comes_in_pieces_and_stops_when_left(finished):
@@ -275,6 +327,7 @@ class TestPush:
         (("lora=dora",), "serves no DoRA"),
         (("lora=none",), "vllm serve FOLDER"),
         (("lora.r=20",), "--max-lora-rank 32"),
+        (("model.chat_template=chatml.jinja",), "tuned=FOLDER --chat-template FOLDER/chat_template.jinja"),
     ],
     ids=str,
 )

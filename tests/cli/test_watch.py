@@ -179,3 +179,35 @@ def test_a_view_fits_any_terminal(width, height, count):
         "what a point is called is no markup"
     )
     assert count < 500 or "more points" in "\n".join(lines)
+
+
+def test_why_points_wait_leaves_room_for_why_others_failed():
+    points = [
+        {
+            "number": 1,
+            "point": "lora.r=2",
+            "run": "a" * 12,
+            "state": "failed",
+            "error": "ValueError: it broke",
+        }
+    ]
+    points += [
+        {
+            "number": n,
+            "point": f"lora.r={n}",
+            "run": f"{n}" * 12,
+            "state": "queued",
+            "error": "job 1: Priority",
+        }
+        for n in range(2, 7)
+    ]
+    found = {"id": "b" * 12, "launch": "slurm", "objective": "eval_loss", "processes": [], "silent": None}
+    for shown, said, style in (
+        (points, "1 ValueError: it broke", "31"),
+        (points[1:], "6 job 1: Priority", "2"),
+    ):
+        counts = {"queued": 5, "failed": len(shown) - 5}
+        console = Console(width=80, force_terminal=True, color_system="standard")
+        with console.capture() as drawn:
+            console.print(watch.view(found | {"points": shown, "left_out": 0, "counts": counts}, 80, 24))
+        assert f"\x1b[{style}m{said}" in drawn.get()

@@ -116,6 +116,20 @@ def test_versions_that_do_not_fit(tmp_path):
     assert found["mend"] == "pip install 'trl<1.13,>=1.12'", "what all ask for, once"
 
 
+def test_versions_that_do_not_fit_several_packages(tmp_path):
+    """Each package once, with what its version is outside of; the command has no bound that another implies."""
+    for name, requires in {"unsloth": ("trl!=0.1.5,!=1.12.5,<=1.15,>=0.18",), "trl": ()}.items():
+        other = tmp_path / f"{name}-0.9.dist-info"
+        other.mkdir()
+        asks = "".join(f"Requires-Dist: {one}\n" for one in requires)
+        (other / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.9\n{asks}")
+    found = asked(PYTHONPATH=str(tmp_path))["versions"]
+    told = found["detail"].split("; ")[0]
+    assert told.startswith("soup-launcher needs trl>=1.12, unsloth needs trl>=0.18,"), told
+    assert told.endswith(" and 0.9 is installed") and found["detail"].count("0.9 is installed") == 2
+    assert "'trl!=1.12.5,<1.13,>=1.12'" in found["mend"]
+
+
 def test_a_path_without_slurm(tmp_path):
     (tmp_path / "python").symlink_to(sys.executable)
     found = asked("SLURM", PATH=str(tmp_path))["SLURM"]

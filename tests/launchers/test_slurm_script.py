@@ -55,9 +55,25 @@ def test_nodes_and_gpus_are_those_of_the_plan(shell, monkeypatch):
 
 def test_without_slurm_it_is_refused(shell, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    done = shell.run("launch=slurm")
+    words = ("--multirun", "launch=slurm", "lora.r=2,4")
+    done = shell.run(*words)
     assert done.status == 2
     assert "launch=slurm: there is no `squeue` on this machine" in done.out
+    assert not [*shell.root.glob("*/config.yaml"), *shell.root.glob("sweeps/*/")], "nothing stays behind"
+
+    assert shell.run(*words, "launch.dry_run=true").status == 0
+    there = sorted(shell.root.glob("**/*.json"))
+    assert shell.run("launch=slurm", "lora.r=8").status == shell.run(*words).status == 2
+    assert sorted(shell.root.glob("**/*.json")) == there, "but for what was there before"
+
+
+def test_a_search_without_slurm_does_not_wait_for_it(shell, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    done = shell.run(
+        "--multirun", "launch=slurm", "hydra/sweeper=optuna", "lora.r=2,4", "hydra.sweeper.n_trials=2"
+    )
+    assert done.status == 2, done.out
+    assert "there is no `squeue` on this machine" in done.out
 
 
 @pytest.mark.parametrize(

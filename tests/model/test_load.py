@@ -73,10 +73,10 @@ def spoilt(tiny_model, tmp_path, tree):
     return made
 
 
-def load(spec):
+def load(spec, **options):
     from soup.model.load import load_model, precision
 
-    return load_model(source.folder(spec), spec, precision(spec, specs.LoraSpec(), PLAIN), PLAIN)
+    return load_model(source.folder(spec), spec, precision(spec, specs.LoraSpec(), PLAIN), PLAIN, **options)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -89,10 +89,11 @@ def test_an_incomplete_folder_is_refused_before_anything_loads(spoilt, name):
     assert name.removeprefix("model.") in problem.why
 
 
-def test_a_model_that_generates_no_text_is_refused(spoilt):
+@pytest.mark.parametrize(("head", "kind"), [("causal", "causal language model"), ("score", "reward model")])
+def test_a_model_that_generates_no_text_is_refused(spoilt, head, kind):
     spec = spoilt(lambda folder: (folder / "config.json").write_text(json.dumps({"model_type": "vit"})))
-    with pytest.raises(Refused, match="cannot be loaded as a causal language model") as refused:
-        load(spec)
+    with pytest.raises(Refused, match=f"cannot be loaded as a {kind}: ") as refused:
+        load(spec, head=head)
     assert len(str(refused.value).splitlines()) == 2
 
 
