@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -52,6 +54,12 @@ def ranks(process):
         if "RANK" in (environment := child.environ()):  # not between fork and exec
             found[int(environment["RANK"])] = child
     return found
+
+
+def catches(process, number):
+    """Whether a process has a handler for this signal."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1]
+    return int(caught, 16) >> (number - 1) & 1
 
 
 def logged(run, step):
@@ -151,6 +159,8 @@ def test_a_process_that_dies_before_they_meet_is_named(tree, place, start, until
     process = start(run)
     until(process, lambda: len(ranks(process)) == 2)
     both = ranks(process)
+    both[1].suspend()
+    until(process, lambda: catches(both[0], signal.SIGTERM))
     both[1].kill()
     assert process.wait(2 * ENDS_S) == 1
     gone(both.values())
