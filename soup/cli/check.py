@@ -18,6 +18,7 @@ from soup.errors import Problem, Refused
 from soup.model import attention, source
 from soup.model.names import untargeted
 from soup.plan import Lengths, Plan, plan
+from soup.plan.memory import RUNTIME_BYTES
 from soup.rope import scorers_fit
 from soup.schema import Config, check, merge_arguments
 
@@ -155,6 +156,13 @@ def _here(config: Config, device: Device) -> list[Problem]:
                 fix=f"distributed.processes={len(gpus())}, or launch=slurm",
             )
         )
+    elif device.kind == "cpu" and config.launch.slurm is None:
+        each, processes = RUNTIME_BYTES["cpu"], config.distributed.processes
+        if processes > 1 and processes * each > device.memory_bytes:
+            why = f"each process takes {each / 1e9:g} GB before it holds a model, and this machine has "
+            why += f"{device.memory_bytes / 1e9:.0f} GB"
+            fix = "fewer processes (`soup plan` says what each takes), or launch=slurm"
+            problems.append(Problem(key="distributed.processes", value=processes, why=why, fix=fix))
     asked = config.training.use_flash_attn
     here = device.kind == "cuda" and config.launch.slurm is None and asked in attention.FLASH
     if here and (why := attention.missing(asked)) is not None:
