@@ -53,7 +53,9 @@ def alone(tree, place_below, server, tmp_path_factory):
 
 def told(process, run):
     notes = [json.loads(path.read_text())["traceback"] for path in (run.folder / ".ranks").glob("*.json")]
-    return "\n".join([process.stdout.read(), *notes, *(path.read_text() for path in run.folder.glob("log.*"))])
+    return "\n".join(
+        [process.stdout.read(), *notes, *(path.read_text() for path in run.folder.glob("log.*"))]
+    )
 
 
 @pytest.mark.parametrize(("name", "task", "kind"), EVERY)
