@@ -53,6 +53,8 @@ def batch(built: Any) -> Iterator[Effect]:
             len(first) // steps
         )  # where answers are generated, the loader gives all prompts of a step at once
         wanted = min(training.batch_size, len(trainer.train_dataset) * built.config.task.samples)
+        if built.config.replicas > 1:  # the first rows again, where there are too few
+            wanted = training.batch_size
     key = "training.batch_size"
     yield Effect(key, training.batch_size, rows, rows == wanted, "rows of the loader's first batch")
     accelerator = trainer.accelerator.gradient_accumulation_steps

@@ -79,7 +79,8 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
     decoder = shape(model)
     stretched = scaling(config, model)
     longest = min(config.data.max_length, lengths.max)
-    refuse_unfit(config, model, decoder, device, longest)
+    dtype, why = dtype_of(config, device)
+    refuse_unfit(config, model, decoder, device, longest, dtype)
     training, task, lora = config.training, config.task, config.lora
     notes: dict[str, str] = {} if stretched is None else {"context": f"{stretched.kind}: {stretched.reason}"}
     adapters = adapter_parameters(config, decoder)
@@ -100,7 +101,7 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
         + (f" and {decoder.experts} experts" if training.moe_lora else "")
     )
 
-    dtype, notes["dtype"] = dtype_of(config, device)
+    notes["dtype"] = why
     replicas = config.replicas
     rows_per_step = training.batch_size * training.gradient_accumulation_steps * replicas
     notes["rows_per_step"] = (

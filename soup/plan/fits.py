@@ -14,6 +14,7 @@ from soup.errors import Problem, Refused
 from soup.model import attention, liger, ring_fit
 from soup.model.groups import whole_groups
 from soup.plan.decoder import Shape
+from soup.plan.memory import BYTES
 from soup.rope import context as reach
 from soup.schema import Config
 
@@ -24,9 +25,9 @@ WITHOUT_LINEAR = ("gpt2", "openai-gpt")
 
 
 def refuse_unfit(
-    config: Config, model: Mapping[str, Any], decoder: Shape, device: Device, longest: int
+    config: Config, model: Mapping[str, Any], decoder: Shape, device: Device, longest: int, dtype: str
 ) -> None:
-    """Refuses what this model cannot do. `longest`: tokens of the longest training row.
+    """Refuses what this model cannot do. `longest`: tokens of the longest training row; `dtype`: of the weights.
 
     Raises:
         Refused: a row is longer than the model's context, or a setting finds nothing in this model to work on.
@@ -35,6 +36,7 @@ def refuse_unfit(
     _within_context(config, model, longest)
     _projects(config, decoder)
     _quantizes(config, decoder, device, str(model.get("model_type")))
+    _multiplies(config, decoder, str(model.get("model_type")), dtype)
     _adapts(config, str(model.get("model_type")))
     _scores(config, model)
     _runs(config, model, device, longest)
@@ -102,6 +104,28 @@ def _quantizes(config: Config, decoder: Shape, device: Device, kind: str) -> Non
         why += f"inputs of {name} are"
         fix = "model.quantization=8bit or none"
         raise Refused(Problem(key="model.quantization", value="4bit", why=why, fix=fix))
+
+
+def _multiplies(config: Config, decoder: Shape, kind: str, dtype: str) -> None:
+    """Refuses experts that torch's grouped product does not take: its rows are multiples of 16 bytes."""
+    sizes = {side for name, i, o, _ in decoder.linears if name.startswith("experts.") for side in (i, o)}
+    uneven = sorted(side for side in sizes if side * BYTES[dtype] % 16)
+    if uneven and _grouped(kind):
+        why = "torch's grouped product of experts takes rows of a multiple of 16 bytes, and "
+        why += f"{uneven[0]} numbers of {dtype} are {uneven[0] * BYTES[dtype]}"
+        fix = "a model whose hidden size and experts' width are multiples of 8"
+        if not any(side % 4 for side in uneven):
+            fix = f"model.dtype=float32, or {fix}"
+        raise Refused(Problem(key="model.base", value=config.model.base, why=why, fix=fix))
+
+
+@cache
+def _grouped(kind: str) -> bool:
+    """Whether transformers' class of this type gives its experts to the grouped product: read, not imported."""
+    found = find_spec("transformers")
+    assert found is not None and found.origin is not None
+    file = Path(found.origin).parent / f"models/{kind}/modeling_{kind}.py"
+    return file.is_file() and "@use_experts_implementation" in file.read_text()
 
 
 def _adapts(config: Config, kind: str) -> None:

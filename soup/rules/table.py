@@ -604,7 +604,7 @@ RULES: tuple[Rule, ...] = (
         key="distributed",
         when={"training.moe_lora": True, "distributed": OneOf("zero3", *FSDP.values)},
         why="PEFT puts another tensor in an expert parameter's place in each pass, which sharding has taken apart",
-        fix="distributed=ddp, or training.moe_lora=false",
+        fix="distributed=ddp or zero2, or training.moe_lora=false",
         source="peft.tuners.lora.layer.ParamWrapper",
     ),
     Rule(

@@ -32,7 +32,9 @@ from soup.train import nodes
 from soup.train.stopper import INTERRUPTED, LOST, Stopper
 
 LOOK_S = 0.1  # between looks at the ranks
-GRACE_S = 10  # that the other ranks have where one failed, before they are killed
+GRACE_S = (
+    10  # that ranks have where another machine's failed, before they are killed; torchrun's agent gives 30
+)
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -122,7 +124,7 @@ def _start(
     endpoint: str = "localhost:0",  # a free port
 ) -> dict[int, int] | None:
     """Has the agent start this machine's ranks, and waits for their end; returns the exit status of those that ended
-    badly by themselves, or `None` where all ended well."""
+    badly by themselves, in the order of their ends, or `None` where all ended well."""
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -155,7 +157,8 @@ def _start(
         with _passing_on(leader, lost, killed):
             elastic_launch(settings, sys.executable)(*start)
     except ChildFailedError as failed:
-        return {rank: one.exitcode for rank, one in failed.failures.items() if one.pid not in killed}
+        ended = sorted(failed.failures.items(), key=lambda item: item[1].timestamp)
+        return {rank: one.exitcode for rank, one in ended if one.pid not in killed}
     except DistError as error:
         if node is None:
             raise
@@ -203,7 +206,8 @@ def _cause(
     world: int,
     timeout_s: int,
 ) -> Cause:
-    """What went wrong first: that a rank lost another one is the consequence of something else."""
+    """What went wrong first: that a rank lost another one is the consequence of something else. `died`: exit status by
+    rank, in the order of their ends."""
     own = sorted((one["time"], rank) for rank, one in notes.items() if not one["lost"])
     if own:
         rank = own[0][1]
@@ -211,15 +215,16 @@ def _cause(
         if one["refused"]:  # each of them would say the same
             return Cause("failed", one["error"], one["code"])
         return Cause("failed", f"process {rank + 1} of {world}: {one['error']}", 1, one["traceback"])
-    if any(one["waited"] for one in notes.values()):  # who hangs is killed in the end
+    killed = {
+        rank: signal.Signals(-code).name for rank, code in died.items() if code < 0 and rank not in notes
+    }
+    waited = any(one["waited"] for one in notes.values())
+    if waited and killed.get(next(iter(died), -1), "SIGTERM") == "SIGTERM":  # who hangs is killed in the end
         silent = [str(rank + 1) for rank in range(world) if rank not in notes]
         who = f"process {', '.join(silent)} of {world}" if silent else f"one of {world} processes"
         text = min(notes.values(), key=lambda one: one["time"])["traceback"]
         return Cause("failed", f"{who} did not answer within distributed.timeout_s={timeout_s}", 1, text)
-    killed = {
-        rank: signal.Signals(-code).name for rank, code in died.items() if code < 0 and rank not in notes
-    }
-    for rank, name in sorted(killed.items()):
+    for rank, name in killed.items():
         if name != "SIGTERM":
             return Cause("interrupted", f"process {rank + 1} of {world} died of {name}")
     if asked is not None:

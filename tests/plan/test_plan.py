@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -389,3 +390,18 @@ def test_weights_that_are_stored_quantized_are_refused(compose, words):
     stored = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     with pytest.raises(Refused, match="model.base=.* stored quantized, by bitsandbytes"):
         planned(compose, *words.split(), model=stored)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "taken"),
+    [("float32", 130, False), ("float32", 132, True), ("bfloat16", 132, False), ("bfloat16", 136, True)],
+)
+def test_experts_that_torchs_grouped_product_does_not_take_are_refused(compose, dtype, width, taken):
+    config = AutoConfig.for_model("mixtral", **COMMON | MODELS["mixtral"] | {"intermediate_size": width})
+    told, refused = json.loads(config.to_json_string()), f"{width} numbers of {dtype}"
+    model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
+    with nullcontext() if taken else pytest.raises(RuntimeError, match="16 bytes"):
+        model(torch.arange(8)[None])
+    with nullcontext() if taken else pytest.raises(Refused, match=refused):
+        planned(compose, f"model.dtype={dtype}", model=told)
+    planned(compose, f"model.dtype={dtype}", model=told | {"model_type": "dbrx"})  # multiplies one by one

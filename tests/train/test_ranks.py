@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -49,8 +51,15 @@ def ranks(process):
     """The training processes below a run's own, by rank."""
     found = {}
     for child in psutil.Process(process.pid).children():
-        found[int(child.environ()["RANK"])] = child
+        if "RANK" in (environment := child.environ()):  # not between fork and exec
+            found[int(environment["RANK"])] = child
     return found
+
+
+def catches(process, number):
+    """Whether a process has a handler for this signal."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1]
+    return int(caught, 16) >> (number - 1) & 1
 
 
 def logged(run, step):
@@ -141,6 +150,22 @@ def test_a_hanging_process_fails_the_run_in_a_bounded_time(tree, place, start, u
     gone(both.values())
     assert run.state() == "failed"
     assert run.result()["error"] == "process 2 of 2 did not answer within distributed.timeout_s=6"
+
+
+@pytest.mark.parametrize("patience", [6, 60])
+def test_a_process_that_dies_before_they_meet_is_named(tree, place, start, until, patience):
+    """The other one waits for it, until it gives up or is killed too."""
+    run = place(tree(*JOB, *TWO, f"distributed.timeout_s={patience}"))
+    process = start(run)
+    until(process, lambda: len(ranks(process)) == 2)
+    both = ranks(process)
+    both[1].suspend()
+    until(process, lambda: catches(both[0], signal.SIGTERM))
+    both[1].kill()
+    assert process.wait(2 * ENDS_S) == 1
+    gone(both.values())
+    assert run.state() == "interrupted"
+    assert run.result()["error"] == "process 2 of 2 died of SIGKILL"
 
 
 def test_the_error_shown_is_that_of_the_process_that_failed_first(tree, place, train, tmp_path):

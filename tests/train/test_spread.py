@@ -90,6 +90,28 @@ def test_two_processes_learn_what_one_does(alone, tree, place, several, name, ta
     _loads(run, kind)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "name", "weights"),
+    [
+        ("qwen3_moe", "zero3", "lora=none"),
+        ("olmoe", "fsdp_full_shard", "lora=none"),
+        ("qwen3_moe", "zero2", "training.moe_lora=true"),
+    ],
+)
+def test_two_processes_learn_a_mixture_of_experts_as_one_does(
+    expert_model, tree, place, server, several, kind, name, weights
+):
+    words = (*JOB, "training.max_steps=6", f"model.base={expert_model(kind)}", weights)
+    reference = place(tree(*words, "training.batch_size=4"))
+    run = place(tree(*words, "training.batch_size=2", f"distributed={name}"))
+    for one, process in ((reference, server(reference)), (run, several(run, 2))):
+        assert process.wait() == 0, told(process, one)
+    ours, theirs = ([line["loss"] for line in one.lines() if "loss" in line] for one in (run, reference))
+    assert len(ours) == 6 and ours == pytest.approx(theirs, rel=TOLERANCE)
+    assert all(effect["ok"] for effect in json.loads(run.effective.read_text()).values())
+
+
 def _loads(run, kind):
     """The model folder loads with plain transformers or PEFT, with the weights that were saved."""
     import torch

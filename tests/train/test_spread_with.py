@@ -37,6 +37,7 @@ TOGETHER = {
     "frozen layers": "distributed=fsdp_full_shard training.freeze_layers=1 lora=none",
     "frozen layers, ZeRO": "distributed=zero3 training.freeze_layers=1",
     "rows that fill no batch": "distributed=ddp data.max_samples=5 data.eval_fraction=0.0",
+    "fewer rows than one process takes": "distributed=ddp data.max_samples=1 data.eval_fraction=0.0",
     "rotary scaling": "distributed=ddp longctx=dynamic longctx.rope_factor=4.0",
     "GaLore": "distributed=ddp optim=galore optim.galore_rank=8 optim.galore_update_proj_gap=1 lora=none",
     "Muon": "distributed=ddp optim=muon lora=none",
