@@ -59,9 +59,11 @@ def _parts(built: Any) -> tuple[int, str]:
     part_BT = loader.collate_fn([dict(row) for row in rows])["input_ids"]
     whole_BT = trainer.data_collator([dict(row) for row in rows])["input_ids"]
     everyone = ranks.gather((numbers, part_BT))
-    held = sum(drawn == numbers for drawn, _ in everyone)
     ring = ranks.rank() // size
-    parts = [part for _, part in everyone[ring * size : (ring + 1) * size]]
+    own = everyone[ring * size : (ring + 1) * size]
+    few = len(trainer.train_dataset) < len(everyone) // size * len(numbers)  # so that other rings have them again
+    held = sum(drawn == numbers for drawn, _ in (own if few else everyone))
+    parts = [part for _, part in own]
     for layout, chunks in (("contiguous", 1), ("zigzag", 2)):
         pieces = [part.tensor_split(chunks, 1) for part in parts]
         backward = [piece[1] for piece in reversed(pieces)] if chunks == 2 else []

@@ -104,6 +104,12 @@ def test_sixteen_bits(losses):
 
 
 @pytest.mark.slow
+def test_two_rings_read_the_only_row(losses):
+    """Each of its processes draws it, and yet a row lies in two."""
+    assert losses(4, *ring(4, 2), "data.max_samples=1", "data.eval_fraction=0.0")
+
+
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(several, place, tree, unequal, stop_at):
     words = ("task=pretrain", "training.packing=true", "training.batch_size=2", "training.max_steps=6")
     words += ("training.save_steps=2", "training.logging_steps=1", "training.eval_steps=2", "optim.lr=5e-3")
