@@ -61,7 +61,9 @@ def _parts(built: Any) -> tuple[int, str]:
     everyone = ranks.gather((numbers, part_BT))
     ring = ranks.rank() // size
     own = everyone[ring * size : (ring + 1) * size]
-    few = len(trainer.train_dataset) < len(everyone) // size * len(numbers)  # so that other rings have them again
+    few = len(trainer.train_dataset) < len(everyone) // size * len(
+        numbers
+    )  # so that other rings have them again
     held = sum(drawn == numbers for drawn, _ in (own if few else everyone))
     parts = [part for _, part in own]
     for layout, chunks in (("contiguous", 1), ("zigzag", 2)):

@@ -12,13 +12,17 @@ from soup.plan.unpadded import of_answers, own_kernels, without_padding
 from soup.schema import Config
 from soup.specs import DistributedSpec
 
-RUNTIME_BYTES = {"cpu": 850e6, "cuda": 1.5e9}  # the process with its libraries (measured); CUDA's context
+RUNTIME_BYTES = {"cpu": 720e6, "cuda": 1.5e9}  # the process with its libraries (measured); CUDA's context
 ALLOCATOR = 1.1  # freed blocks that malloc keeps: measured activations over the tensors counted below
 # What glibc's malloc keeps as holes between activations that stay, as a share of those, and with checkpointing of those
 # that it frees (measured; giving it back to the system at once costs six times the step's time). A GPU's allocator
 # reuses them.
 HOLES = {"cpu": 0.4, "cuda": 0.0}
 RECOMPUTED_HOLES = {"cpu": 0.55, "cuda": 0.0}
+ROUNDED_HOLES = {
+    "cpu": 1.0,
+    "cuda": 0.0,
+}  # and of simulated weights, between which float32 copies came and went
 LOGIT_CHUNK = (
     256  # learnt tokens that TRL turns into logits at once (sft_trainer._CHUNKED_LM_HEAD_CHUNK_SIZE)
 )
@@ -26,6 +30,7 @@ DOUBLE = 100e6  # log-probabilities in float64, some tokens at a time, before th
 LARGE = 2**31  # bytes of float32 weights above which that is done in training's own precision
 LOSS_TOKENS = 2048  # of a batch whose loss is measured for the curriculum, padding included
 LOGIT_COPIES = 6  # logits, log-softmax, their exponent and product, and two gradients, in float32
+STOCK_COPIES = 5  # of all tokens' logits, where TRL's own loss takes them whole (measured: dpo 5.5, orpo 4.3)
 NF4_BYTES = 0.516  # a weight and its share of doubly quantized scales (arXiv:2305.14314, section 3)
 SIMULATED_COPIES = 6  # of the largest layer's weight in float32, while it is rounded
 SHARDED = ("weights", "gradients", "optimizer")  # what several processes can have shares of
@@ -82,7 +87,7 @@ def peak(
         activations += ring_bytes(decoder, batch_tokens, products) / ALLOCATOR
         how += "; what goes round the ring of one layer"
     if config.model.quantization_aware:
-        activations += _simulated_weights(config, decoder, products)
+        activations += _simulated_weights(config, decoder, products * (1 + ROUNDED_HOLES[device.kind]))
         how += "; each layer's rounded weight"
     if training.moe_lora:  # PEFT computes with the sum of the experts and their adapters, a copy in each pass
         copied = (
@@ -108,7 +113,8 @@ def peak(
         logits += decoder.vocab * decoder.hidden * (4 + products if config.lora.r is None else products)
         how_logits = f"{LOGIT_CHUNK} tokens of answers at a time, with their gradient in their place"
     else:
-        logits = training.batch_size * task.forwards * length * decoder.vocab * 4 * 3
+        outputs = 1 if task.head == "score" else decoder.vocab
+        logits = training.batch_size * task.forwards * length * outputs * 4 * STOCK_COPIES
         how_logits = "every token of the batch"
     if task.trained_models:  # those of all answers of a step, and a padded copy (TRL's batch_generation)
         rollouts = training.batch_size * training.gradient_accumulation_steps * task.generates
@@ -203,8 +209,9 @@ def ring_bytes(decoder: Shape, tokens: float, products: int) -> float:
     return tokens * (2 * 2 * decoder.kv * (products + 4) + 4 * decoder.heads)
 
 
-def _simulated_weights(config: Config, decoder: Shape, products: int) -> float:
+def _simulated_weights(config: Config, decoder: Shape, products: float) -> float:
     """Rounded weights that backward needs, of one layer where it is recomputed, and the largest one's copies.
+    `products`: bytes of each.
 
     Weights that train also keep a byte each: whether the rounding let their gradient through.
     """
