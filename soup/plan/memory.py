@@ -180,7 +180,7 @@ def _of_spreading(
     ZeRO-3 keeps a number of them; FSDP2 what lies outside the layers, one layer and the next. DeepSpeed sums a flat
     copy of its bucket, of which gloo makes another to scatter it, and copies what ZeRO-3 has gathered out of the
     buffer that it came in (deepspeed.runtime.zero.partition_parameters.AllGatherCoalescedHandle.wait). FSDP2 copies
-    what it gathers and the gradients that it scatters (torch.distributed.fsdp._fully_shard._fsdp_collectives).
+    what it gathers, then the gradients that it scatters (torch.distributed.fsdp._fully_shard._fsdp_collectives).
     """
     cut = "weights" in spread.shards
     if spread.spread == "ddp":
@@ -196,7 +196,7 @@ def _of_spreading(
     if spread.spread == "fsdp":
         layer = (decoder.total - decoder.outside) / decoder.layers
         share = min(1.0, (decoder.outside + 2 * layer) / decoder.total)
-        buckets = {"buckets": share * (weights + 2 * gradients)}
+        buckets = {"buckets": share * max(weights, gradients)}
         return buckets | ({"gathered": share * weights} if cut else {})
     return {}
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from soup.device import Device
 from soup.schema import Config
+from soup.train.memory import give_large_blocks_back
 from soup.train.stopper import Stopper
 
 
@@ -26,6 +27,8 @@ def join(config: Config, device: Device) -> None:
         device.kind == "cpu"
     ):  # accelerate would name it cpu:0, from which torch 2.13 cannot restore a checkpoint
         os.environ["ACCELERATE_TORCH_DEVICE"] = os.environ["DS_ACCELERATOR"] = "cpu"
+        if config.distributed.spread == "fsdp":
+            give_large_blocks_back()
     else:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(
