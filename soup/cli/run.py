@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,15 +108,15 @@ def _one(where: Run, one: Checked, console: Any) -> int:
             environment() | {"threads": threads(slots(one.config.launch.slots, one.device))},
         )
     status = train(where)
+    died = f"its process died of {signal.Signals(-status).name}; " if status < 0 else ""
     state = where.state()
     if state == "finished":
         console.print(f"finished: {summary(where)}")
         console.print(f"the model is in {where.model}")
     elif state == "interrupted":
-        console.print(f"interrupted; the same command continues it ({where.folder})")
+        console.print(f"interrupted; {died}the same command continues it ({where.folder})")
     elif state == "diverged":
         console.print(f"diverged: {(where.result() or {}).get('error')}")
-    elif status < 0:
-        console.print(f"the training process died of signal {-status}; the same command continues the run")
-        return FAILED
-    return status
+    elif died:
+        console.print(f"{died}the same command continues the run")
+    return FAILED if died else status

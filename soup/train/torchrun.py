@@ -32,9 +32,7 @@ from soup.train import nodes
 from soup.train.stopper import INTERRUPTED, LOST, Stopper
 
 LOOK_S = 0.1  # between looks at the ranks
-GRACE_S = (
-    10  # that ranks have where another machine's failed, before they are killed; torchrun's agent gives 30
-)
+GRACE_S = 10  # that ranks have where another machine's failed, before they are killed; torch's agent gives 30
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 

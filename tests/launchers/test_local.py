@@ -6,6 +6,7 @@ import random
 import signal
 import time
 
+import psutil
 import pytest
 
 from soup import parents, sweep
@@ -244,6 +245,18 @@ def _kill_one(process, draw):
         if process.poll() is None:
             process.kill()
     return depth
+
+
+@pytest.mark.slow
+def test_a_run_whose_process_is_killed_says_by_what(shell, until):
+    process = shell.begin("training.max_steps=5000", "training.logging_steps=1")
+    until(lambda: [*shell.root.glob("*/metrics.jsonl")], process)
+    (child,) = psutil.Process(process.pid).children()
+    child.kill()
+    assert process.wait(60) == 1
+    assert (
+        "interrupted; its process died of SIGKILL; the same command continues it" in process.out.read_text()
+    )
 
 
 @pytest.mark.slow
