@@ -177,7 +177,7 @@ def galore(
         state_bytes=2 * FP32,
         galore={"rank": galore_rank, "update_proj_gap": galore_update_proj_gap, "scale": galore_scale},
         args={"adam_beta1": beta1, "adam_beta2": beta2, "adam_epsilon": eps},
-        requires=(Package(distribution="galore-torch", extra="galore"),),
+        requires=(Package(distribution="galore-torch", extra="galore"), *_BITSANDBYTES),  # which it imports
         effects=(*EFFECTS, "optimizer:galore"),
     )
 

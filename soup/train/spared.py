@@ -19,13 +19,14 @@ MODULES = {  # by distribution
     "torchao": "torchao",
     "wandb": "wandb",
 }
-SHARDS = ("deepspeed", "mlflow-skinny")  # what Unsloth, and a sweep of different runs, has no use for
 
 
-def unused(config: Config) -> Iterable[str]:
-    """Distributions of MODULES that none of the run's settings needs."""
+def unused(config: Config) -> set[str]:
+    """Distributions of MODULES that none of the run's settings needs. What Unsloth and a user's own code import is
+    theirs to say."""
     needed = {package.distribution for spec in config.specs() for package in spec.requires}
-    return (set(SHARDS) if config.backend.unsloth else set(MODULES)) - needed
+    foreign = config.backend.unsloth or config.task.files or config.model.trust_remote_code
+    return ({"deepspeed"} if foreign else set(MODULES)) - needed
 
 
 def absent(distributions: Iterable[str]) -> None:
