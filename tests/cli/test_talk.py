@@ -128,6 +128,15 @@ class Terminal(io.StringIO):
         return super().write(text)
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a program that a terminal started; what a shell put in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(finished, monkeypatch):
     run, root = finished()
     shown = Terminal()
@@ -143,6 +152,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(finished, monkeypatc
     assert shown.getvalue().endswith("\n> \n"), "Ctrl-D"
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_what_reads_from_a_pipe(finished, monkeypatch):
     _, root = finished()
     shown = Terminal()
