@@ -222,6 +222,7 @@ def test_requeued_preempted_killed_and_its_node_restarted(submitted, alone, soup
     soup.until(lambda: last_step(run) % SAVE_STEPS in (4, 5, 6), "a step without a checkpoint")
     kill_step(run)
     assert soup.ended(job) == "FAILED"
+    soup.until(lambda: not run.running(), "the end of what was killed")
     assert (run.state(), run.result()) == ("interrupted", None)
     assert soup.status("disturbed") == {run.id: "failed"}
     reached = last_step(run)
