@@ -126,7 +126,7 @@ CAPABILITIES: tuple[Capability, ...] = (
     Capability(
         name="GaLore",
         exercised="a projected step",
-        packages=TORCH | {"galore-torch": "galore_torch"},
+        packages=TORCH | {"galore-torch": "galore_torch", "bitsandbytes": "bitsandbytes"},
         install=_extra("galore"),
         needed=_optim("galore"),
     ),

@@ -137,6 +137,7 @@ def test_a_path_without_slurm(tmp_path):
     assert found["mend"].startswith("apt-get install slurm-client")
 
 
+@pytest.mark.slow
 def test_a_cluster_that_does_not_answer(tmp_path):
     if shutil.which("sinfo") is None:
         pytest.skip("no SLURM here")

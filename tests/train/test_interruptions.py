@@ -159,6 +159,7 @@ def test_adapters(alone, tree, place, server, start, train, until, unequal, whol
     assert not (run.checkpoints / ".partial").exists()
 
 
+@pytest.mark.slow
 def test_all_weights(alone, tree, place, server, start, until, unequal, whole):
     """Epochs that end within the run, through SIGTERM while libraries load, a kill while saving, two SIGINTs and
     SIGTERM; with trackers, which are no part of what is trained."""
@@ -210,7 +211,7 @@ TASKS = {
     "reward": (),
     "grpo": ("task.max_completion_length=8", "task.beta=0.1"),
 }
-QUICK = {("dpo", "none"), ("grpo", "lora")}
+QUICK = {("dpo", "none")}
 
 
 @pytest.fixture

@@ -102,6 +102,7 @@ def test_grpo_earns_more_and_stays_near_its_reference(tree, place, server, lette
     assert held < free / 2
 
 
+@pytest.mark.slow
 def test_grpo_earns_more_with_adapters(tree, place, server, letters):
     """On so small a random model adapters move little of what is sampled: more steps, a smaller margin."""
     more = ("training.max_steps=100", "training.logging_steps=10", "optim.lr=1e-2", "lora.alpha=64")

@@ -94,6 +94,7 @@ def logits(model):
                 "lora.target_modules=[q_proj,down_proj]",
                 "model.quantization_group_size=16",
             ),
+            marks=pytest.mark.slow,
             id="dora on some",
         ),
         pytest.param(
