@@ -200,7 +200,8 @@ def _withdraw(sweep: Sweep, kept: set[Path]) -> None:
 
 
 def _say_costs(ready: Sequence[Checked], runs: Sequence[Run], say: Say) -> None:
-    """Memory and disk that do not suffice: said, and not refused, since both are predictions."""
+    """Memory of all that train at a time, and disk, that do not suffice: said, not refused, since they are predictions
+    (soup.cli.check refuses a point that is far too large alone)."""
     import psutil
 
     from soup.device import slots

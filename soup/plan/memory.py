@@ -19,10 +19,7 @@ ALLOCATOR = 1.1  # freed blocks that malloc keeps: measured activations over the
 # reuses them.
 HOLES = {"cpu": 0.4, "cuda": 0.0}
 RECOMPUTED_HOLES = {"cpu": 0.55, "cuda": 0.0}
-ROUNDED_HOLES = {
-    "cpu": 1.0,
-    "cuda": 0.0,
-}  # and of simulated weights, between which float32 copies came and went
+ROUNDED_HOLES = {"cpu": 1.0, "cuda": 0.0}  # of simulated weights: float32 copies came and went between them
 LOGIT_CHUNK = (
     256  # learnt tokens that TRL turns into logits at once (sft_trainer._CHUNKED_LM_HEAD_CHUNK_SIZE)
 )
