@@ -129,6 +129,7 @@ def soup_words(args: argparse.Namespace, root: str) -> list[str]:
         "optim.weight_decay=0.0",
         "optim.warmup_ratio=0.0",
         f"launch.device={args.device}",
+        *(["model.dtype=float32"] if args.float32 else []),
         f"run.root={root}",
         *args.words,
     ]
@@ -238,6 +239,7 @@ def main() -> int:
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--alpha", type=int, default=32)
     parser.add_argument("--all-weights", action="store_true")
+    parser.add_argument("--float32", action="store_true", help="all sides in float32: losses differ by less")
     parser.add_argument("--sides", default="soup,trl,unsloth")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="one round of four steps")
@@ -253,7 +255,7 @@ def main() -> int:
     from soup.device import resolve
 
     rows, model, report = rows_of(args)
-    bf16 = resolve(args.device).bf16
+    bf16 = resolve(args.device).bf16 and not args.float32
     print(f"{model.name}, {Path(args.data).name}: {report['rows']} rows, batch {args.batch}", flush=True)
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     with TemporaryDirectory() as folder:

@@ -257,4 +257,6 @@ def _lengths(reports: Mapping[str, Report]) -> Lengths:
         sampled=reports["train"].sampled,
         eval_rows=reports["eval"].rows if "eval" in reports else 0,
         sample=tuple(train["sample"]),
+        common=train["common"],
+        shared=train["shared"],
     )

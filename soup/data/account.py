@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
+from os.path import commonprefix
 from typing import Any
 
 from soup.data.build import group_digest
 from soup.data.encode import Encoded
 from soup.data.report import Report, summarise
 from soup.data.settings import Settings
+from soup.data.shapes import ANSWERS
 from soup.data.sources import encoded_rows, merged, sources
 from soup.errors import Problem, Refused
 
@@ -26,6 +28,8 @@ class Account:
         self.learnt: list[int] = []
         self.truncated: list[bool] = []
         self.groups: list[bytes] = []
+        self.prompts: list[int] = []
+        self.common: list[int] | None = None
         self.held_out = settings.eval_fraction > 0
 
     def rows(self) -> Iterator[Encoded]:
@@ -34,6 +38,9 @@ class Account:
             self.lengths.append(row.length)
             self.learnt.append(row.learnt)
             self.truncated.append(row.too_long)
+            begins = list(row.columns.get("input_ids", row.columns.get("prompt_ids", ())))
+            self.prompts.append(len(begins) if len(ANSWERS.get(self.settings.shape, ())) > 1 else 0)
+            self.common = begins if self.common is None else commonprefix([self.common, begins])
             if self.held_out:
                 self.groups.append(group_digest(self.settings.shape, row.columns))
             yield row
@@ -77,13 +84,14 @@ class Account:
         tally, settings = merged(self.given), self.settings
         sampled, scale_S = self._scales()
         mean_scale = float(scale_S.mean())
-        source_R, length_R, learnt_R, truncated_R = (
-            np.array(one) for one in (self.source, self.lengths, self.learnt, self.truncated)
+        source_R, length_R, learnt_R, truncated_R, prompt_R = (
+            np.array(one) for one in (self.source, self.lengths, self.learnt, self.truncated, self.prompts)
         )
         scale_R = scale_S[source_R]
         reports = {}
         for split, mask_R in self.splits.items():
             summary = summarise(length_R[mask_R], learnt_R[mask_R], tally.longest, scale_R[mask_R])
+            shared = round(float(prompt_R[mask_R].mean()), 2) if mask_R.any() else 0.0
             lost = (
                 {}
                 if split != self.split
@@ -99,7 +107,7 @@ class Account:
                 rows=summary["count"],
                 format=tally.format,
                 shape=settings.shape,
-                lengths=summary,
+                lengths=summary | {"common": len(self.common or ()), "shared": shared},
                 truncated=round(float((truncated_R * scale_R)[mask_R].sum())),
                 sampled=sampled,
                 sources=[

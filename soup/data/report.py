@@ -23,7 +23,8 @@ class Report:
     `lengths`, after truncation: count, mean, p50, p95, max, sum, sum_labels (tokens learnt), longest (before
     truncation), histogram {"edges": n + 1 numbers, "counts": n}, and sample: the lengths themselves in order, 1000
     evenly spaced ones where there are more. A preference pair's length is that of its
-    longer side. `sampled`: measured on the first rows only; `rows`, the counts and the sums are scaled up to
+    longer side. In `lengths`, too: common, the tokens that all rows begin with, and shared, those that the two sides of
+    a pair do, on average. `sampled`: measured on the first rows only; `rows`, the counts and the sums are scaled up to
     the whole, but for a stream, whose end nobody has seen. `bytes`: of the tokenised file; 0 where there is none.
     """
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from soup.kernels import attention, head
+from soup.kernels import attention, head, prefixes
 from soup.kernels.logps import log_probabilities
 
 
@@ -87,16 +87,19 @@ def _tokens(
     others |= {"use_cache": False}
     if model.config._attn_implementation == attention.NAME:
         kept_BT = attention_mask.bool()  # padding is on the right: columns are positions
-        ids_1N, places_1N = input_ids[kept_BT][None], kept_BT.nonzero()[None, :, 1]
-        hidden = model.base_model(input_ids=ids_1N, position_ids=places_1N, **others).last_hidden_state
+        row_N, column_N = kept_BT.nonzero().unbind(1)
+        ids_1K, positions_1K, place_1N = prefixes.merged(model, input_ids[kept_BT][None], column_N[None])
+        hidden = model.base_model(input_ids=ids_1K, position_ids=positions_1K, **others).last_hidden_state
+        place_N = place_1N[0]
     else:
         kept_BT = torch.ones_like(attention_mask, dtype=torch.bool)
+        row_N, column_N = kept_BT.nonzero().unbind(1)
         hidden = model.base_model(
             input_ids=input_ids, attention_mask=attention_mask, **others
         ).last_hidden_state
-    row_N, column_N = kept_BT.nonzero().unbind(1)
+        place_N = torch.arange(len(row_N), device=row_N.device)
     learnt = (completion_mask[kept_BT].bool() & (column_N > 0)).nonzero()[:, 0]
-    before_ND = hidden.reshape(-1, hidden.shape[-1]).index_select(0, learnt - 1)
+    before_ND = hidden.flatten(0, 1).index_select(0, place_N[learnt - 1])
     weight_VD = model.get_output_embeddings().weight
     found = log_probabilities(before_ND, weight_VD, input_ids[kept_BT][learnt])
     return found._asdict() | {"row_N": row_N[learnt], "column_N": column_N[learnt]}

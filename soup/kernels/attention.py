@@ -1,6 +1,7 @@
 """Causal attention of each document of a row by itself, in place of a dense mask over the whole row.
 
-q (1, H, T, D), k and v (1, K, T, D), with H a multiple of K; a document begins where `position_ids` is 0. Of each:
+q (1, H, T, D), k and v (1, K, T, D), with H a multiple of K; a document begins where `position_ids` is 0, and may go on
+from tokens of the one before it (`paths`). Of each:
     S = s q k^T + causal,  P = softmax(S),  o = P v
     dv = P^T do,  dP = do v^T,  dS = P (dP - sum(dP P)),  dq = s dS k,  dk = s dS^T q
 (arXiv:1706.03762; backward as in arXiv:2205.14135, appendix B). Forward is torch's fused kernel. Its backward on a CPU
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,11 +27,41 @@ NAME = "soup"  # of this attention in transformers
 BLOCK = 256  # queries whose scores exist at once
 
 
-def lengths(position_ids_1T: Tensor) -> list[int]:
-    """Tokens of each document of a row."""
-    tokens = position_ids_1T.shape[-1]
-    starts = (position_ids_1T[0] == 0).nonzero()[:, 0].tolist()
-    return [end - start for start, end in pairwise([*starts, tokens])]
+class Path(NamedTuple):
+    """A run of tokens of a row, and the earlier runs that they go on from, in order."""
+
+    before: tuple[slice, ...]
+    own: slice
+
+    def of(self, x_KTD: Tensor) -> Tensor:
+        """Its tokens, those it goes on from first, (K, S, D)."""
+        if not self.before:
+            return x_KTD[:, self.own].contiguous()
+        return torch.cat([x_KTD[:, part] for part in (*self.before, self.own)], 1)
+
+
+def paths(position_ids_1T: Tensor) -> list[Path]:
+    """Of positions that count from 0 in each document. Where one does not follow the position before it, p, the tokens
+    from there on go on from the first p tokens of what came before (`soup.kernels.prefixes`)."""
+    positions_T = position_ids_1T[0]
+    breaks = (positions_T.diff() != 1).nonzero()[:, 0].add(1).tolist()
+    bounds = [0, *breaks, len(positions_T)]
+    firsts = positions_T[bounds[:-1]].tolist()
+    found: list[Path] = []
+    runs: list[slice] = []
+    for (start, end), first in zip(pairwise(bounds), firsts, strict=True):
+        runs = [*_cut(runs, first), slice(start, end)]
+        found.append(Path(tuple(runs[:-1]), runs[-1]))
+    return found
+
+
+def _cut(runs: Sequence[slice], tokens: int) -> Iterator[slice]:
+    """The first so many tokens of runs."""
+    for run in runs:
+        if tokens <= 0:
+            return
+        yield slice(run.start, min(run.stop, run.start + tokens))
+        tokens -= run.stop - run.start
 
 
 class _Documents(torch.autograd.Function):
@@ -40,34 +71,36 @@ class _Documents(torch.autograd.Function):
         q_1HTD: Tensor,
         k_1KTD: Tensor,
         v_1KTD: Tensor,
-        sizes: Sequence[int],
+        parts: Sequence[Path],
         scale: float,
         window: int,
     ) -> Tensor:
         out_1THD = torch.empty_like(q_1HTD.transpose(1, 2), memory_format=torch.contiguous_format)
-        for part in _parts(sizes):
-            q, k, v = q_1HTD[:, :, part], k_1KTD[:, :, part], v_1KTD[:, :, part]
-            out_1THD[:, part] = _alone(q, k, v, scale, window)
+        for path in parts:
+            out_1THD[:, path.own] = _alone(path, q_1HTD, k_1KTD, v_1KTD, scale, window)
         ctx.save_for_backward(q_1HTD, k_1KTD, v_1KTD)
-        ctx.rest = sizes, scale, window
+        ctx.rest = parts, scale, window
         return out_1THD
 
     @staticmethod
     def backward(ctx: Any, do_1THD: Tensor) -> tuple[Tensor | None, ...]:
         q_1HTD, k_1KTD, v_1KTD = ctx.saved_tensors
-        sizes, scale, window = ctx.rest
+        parts, scale, window = ctx.rest
         kept = k_1KTD.shape[1]
         group = q_1HTD.shape[1] // kept
         dq_1THD = torch.empty_like(do_1THD)
         dk_KTD, dv_KTD = (
             torch.empty_like(x[0], memory_format=torch.contiguous_format) for x in (k_1KTD, v_1KTD)
         )
-        for part in _parts(sizes):
-            k_KSD, v_KSD = k_1KTD[0, :, part].contiguous(), v_1KTD[0, :, part].contiguous()
-            for rows in _blocks(part.stop - part.start):
+        for path in parts:
+            k_KSD, v_KSD = path.of(k_1KTD[0]), path.of(v_1KTD[0])
+            dk_KSD, dv_KSD = torch.empty_like(k_KSD), torch.empty_like(v_KSD)
+            first = _first(path)
+            done = 0  # keys that have a gradient
+            for rows in _blocks(first, k_KSD.shape[1]):
                 seen = slice(0, rows.stop)  # later keys are hidden from all of these queries
                 k, v = k_KSD[:, seen], v_KSD[:, seen]
-                here = slice(part.start + rows.start, part.start + rows.stop)
+                here = slice(path.own.start + rows.start - first, path.own.start + rows.stop - first)
                 q_KND = q_1HTD[0, :, here].reshape(kept, -1, q_1HTD.shape[-1])
                 do_KND = do_1THD[0, here].transpose(0, 1).reshape(kept, -1, do_1THD.shape[-1])
                 hidden_NS = _hidden(rows, window, q_KND).repeat(group, 1)
@@ -76,44 +109,53 @@ class _Documents(torch.autograd.Function):
                 ds_KNS = torch.ops.aten._softmax_backward_data(dp_KNS, p_KNS, -1, p_KNS.dtype)
                 dq_KND = (ds_KNS @ k) * scale
                 dq_1THD[0, here] = dq_KND.view(kept * group, -1, k.shape[-1]).transpose(0, 1)
-                dk_KSD = ds_KNS.transpose(1, 2) @ q_KND * scale
-                _add(dk_KTD, dk_KSD, part, rows)
-                _add(dv_KTD, p_KNS.transpose(1, 2) @ do_KND, part, rows)
+                _add(dk_KSD, ds_KNS.transpose(1, 2) @ q_KND * scale, done)
+                _add(dv_KSD, p_KNS.transpose(1, 2) @ do_KND, done)
+                done = rows.stop
+            for total_KTD, one_KSD in ((dk_KTD, dk_KSD), (dv_KTD, dv_KSD)):
+                for part, one in zip(path.before, one_KSD.split(_sizes(path), 1), strict=False):
+                    total_KTD[:, part] += one
+                total_KTD[:, path.own] = one_KSD[:, first:]
         return dq_1THD.transpose(1, 2), dk_KTD[None], dv_KTD[None], None, None, None
 
 
-def _alone(q_1HtD: Tensor, k_1KtD: Tensor, v_1KtD: Tensor, scale: float, window: int) -> Tensor:
-    """Torch's own attention of one document, (1, t, H, D)."""
-    size = q_1HtD.shape[2]
-    out_1HtD = scaled_dot_product_attention(
-        q_1HtD,
-        k_1KtD,
-        v_1KtD,
-        attn_mask=_hidden(slice(0, size), window, q_1HtD) if size > window else None,
-        is_causal=size <= window,
+def _alone(path: Path, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, scale: float, window: int) -> Tensor:
+    """Torch's own attention of one path's own tokens, (1, n, H, D)."""
+    q_1HnD = q_1HTD[:, :, path.own]
+    rows = slice(_first(path), _first(path) + q_1HnD.shape[2])
+    plain = not rows.start and rows.stop <= window
+    k_1KSD, v_1KSD = (path.of(x[0])[None] if path.before else x[:, :, path.own] for x in (k_1KTD, v_1KTD))
+    out_1HnD = scaled_dot_product_attention(
+        q_1HnD,
+        k_1KSD,
+        v_1KSD,
+        attn_mask=None if plain else _hidden(rows, window, q_1HnD),
+        is_causal=plain,
         scale=scale,
-        enable_gqa=q_1HtD.shape[1] != k_1KtD.shape[1],
+        enable_gqa=q_1HnD.shape[1] != k_1KSD.shape[1],
     )
-    return out_1HtD.transpose(1, 2)
+    return out_1HnD.transpose(1, 2)
 
 
-def _add(total_KTD: Tensor, new_KSD: Tensor, part: slice, rows: slice) -> None:
-    """Adds what a block of queries gives to the keys before its end; its own rows have nothing yet."""
-    if rows.start:
-        total_KTD[:, part.start : part.start + rows.start] += new_KSD[:, : rows.start]
-    total_KTD[:, part.start + rows.start : part.start + rows.stop] = new_KSD[:, rows.start :]
+def _add(total_KSD: Tensor, new_KsD: Tensor, done: int) -> None:
+    """Adds what a block of queries gives to the keys before its end; those from `done` on have nothing yet."""
+    if done:
+        total_KSD[:, :done] += new_KsD[:, :done]
+    total_KSD[:, done : new_KsD.shape[1]] = new_KsD[:, done:]
 
 
-def _parts(sizes: Sequence[int]) -> Iterator[slice]:
-    start = 0
-    for size in sizes:
-        yield slice(start, start + size)
-        start += size
+def _sizes(path: Path) -> list[int]:
+    return [part.stop - part.start for part in (*path.before, path.own)]
 
 
-def _blocks(size: int) -> Iterator[slice]:
-    for start in range(0, size, BLOCK):
-        yield slice(start, min(start + BLOCK, size))
+def _first(path: Path) -> int:
+    """The position of its own first token."""
+    return sum(_sizes(path)[:-1])
+
+
+def _blocks(first: int, end: int) -> Iterator[slice]:
+    for start in range(first, end, BLOCK):
+        yield slice(start, min(start + BLOCK, end))
 
 
 def _hidden(rows: slice, window: int, like: Tensor) -> Tensor:
@@ -147,12 +189,10 @@ def attend(
             query, key, value = (one.to(torch.get_autocast_dtype(kind)) for one in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         window = tokens if sliding_window is None else sliding_window
-        sizes = lengths(position_ids)
+        parts = paths(position_ids)
         if kind == "cpu":
-            return _Documents.apply(query, key, value, sizes, scale, window), None
-        parts = [one.split(sizes, dim=2) for one in (query, key, value)]
-        outs = [_alone(*one, scale, window) for one in zip(*parts, strict=True)]
-        return torch.cat(outs, dim=1), None
+            return _Documents.apply(query, key, value, parts, scale, window), None
+        return torch.cat([_alone(path, query, key, value, scale, window) for path in parts], 1), None
     if attention_mask is None and sliding_window is not None and tokens > sliding_window:
         attention_mask = _hidden(slice(0, tokens), sliding_window, query)
     return sdpa_attention_forward(

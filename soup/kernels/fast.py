@@ -31,7 +31,7 @@ ANSWERS: dict[
     "trl.experimental.orpo:ORPOConfig": reference_free.put_on,
     "trl.experimental.cpo:CPOConfig": reference_free.put_on,
 }
-PARTS = ("norms", "gates", "adapters", "loss", "documents")
+PARTS = ("norms", "gates", "adapters", "loss", "documents", "prefixes")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def put_on(trainer: Any, model: nn.Module, config: Config, implementation: str |
     adapters = _try("adapters", lambda: lora.put_on(model, gate.adapters(model)))
     loss = _try("loss", ANSWERS.get(config.task.config, head.put_on), trainer)
     documents = _try("documents", lambda: _documents(trainer, config, implementation, loss))
-    return norms, gates, adapters, loss, documents
+    prefixes = _try("prefixes", lambda: _prefixes(trainer, config, loss, documents))
+    return norms, gates, adapters, loss, documents, prefixes
 
 
 def trains_rows(config: Config) -> bool:
@@ -118,11 +119,10 @@ def _documents(trainer: Any, config: Config, implementation: str | None, loss: P
     free = getattr(
         padded, "padding_free", False
     )  # a collator of answers always pads, and `answers` takes that out
-    if not free:
-        if config.training.neftune_alpha > 0:
-            return "training.neftune_alpha is drawn for padded rows"
-        if any(isinstance(m, nn.Dropout) and m.p > 0 for m in trainer.model.modules()):
-            return "dropout is drawn for padded rows"
+    if not free and (drawn := _drawn(trainer, config)) is not None:
+        return f"{drawn} is drawn for padded rows"
+    if any(getattr(module, "attention_dropout", 0.0) > 0 for module in trainer.model.modules()):
+        return "the model's attention_dropout is above 0"
     for model in models:
         model.set_attn_implementation(attention.NAME)
     whys = [why for model in models if (why := _mixed(model)) is not None]
@@ -136,26 +136,51 @@ def _documents(trainer: Any, config: Config, implementation: str | None, loss: P
     return text.num_hidden_layers
 
 
+def _prefixes(trainer: Any, config: Config, loss: Part, documents: Part) -> int | str:
+    """What documents of a row begin with alike is computed once from now on: 1, or why not."""
+    for part in (documents, loss):
+        if not part.count:
+            return part.why
+    if (drawn := _drawn(trainer, config)) is not None:
+        return f"{drawn} is drawn for each token of each row"
+    for model in causal_models(trainer):
+        model.shares_prefixes = True
+    return 1
+
+
+def _drawn(trainer: Any, config: Config) -> str | None:
+    """What draws numbers for tokens in a forward pass."""
+    if config.training.neftune_alpha > 0:
+        return "training.neftune_alpha"
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in trainer.model.modules()):
+        return "dropout"
+    return None
+
+
 def _mixed(model: Any) -> str | None:
     """Why documents of one row cannot be kept apart: a changed token of the first moves the second's hidden states,
-    or the second's are not what they are alone."""
+    or the second's are not what they are alone; nor are those of a branch (`soup.kernels.prefixes`)."""
     from soup.effects import as_it_was
 
     device = next(model.parameters()).device
-    one_T, two_T = torch.arange(2, 7, device=device), torch.arange(3, 10, device=device)
-    places_T = torch.cat([torch.arange(len(one_T)), torch.arange(len(two_T))]).to(device)
+    one_T, two_T, branch_T = (torch.arange(*ends, device=device) for ends in ((2, 7), (3, 10), (11, 14)))
+    first = 4  # of the second document's tokens the branch goes on from so many
 
-    def states(*parts: torch.Tensor) -> torch.Tensor:
-        """Of the last part, (tokens, hidden)."""
-        ids_1T, last = torch.cat(parts)[None], len(parts[-1])
-        positions_1T = places_T[None] if len(parts) > 1 else places_T[None, -last:]
-        out = model.base_model(input_ids=ids_1T, position_ids=positions_1T, use_cache=False)
-        return out.last_hidden_state[0, -last:].float()
+    def states(*runs: tuple[torch.Tensor, int]) -> torch.Tensor:
+        """(tokens, hidden) of a row of runs, each with its first position."""
+        ids_1T = torch.cat([ids_T for ids_T, _ in runs])[None]
+        places = [torch.arange(start, start + len(ids_T), device=device) for ids_T, start in runs]
+        out = model.base_model(input_ids=ids_1T, position_ids=torch.cat(places)[None], use_cache=False)
+        return out.last_hidden_state[0].float()
 
     with as_it_was(model), torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=False):
         model.eval()
         try:
-            together, alone, moved = states(one_T, two_T), states(two_T), states(one_T + 1, two_T)
+            branched = states((two_T[:first], 0), (branch_T, first))[first:]
+            alone = torch.cat([states((two_T, 0)), branched])
+            together, moved = (
+                states((one, 0), (two_T, 0), (branch_T, first))[len(one) :] for one in (one_T, one_T + 1)
+            )
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             return f"{type(model).__name__} does not run without a mask: {str(error).splitlines()[0]}"
     exact = next(model.parameters()).dtype is torch.float32

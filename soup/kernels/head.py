@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from soup.kernels import prefixes
 from soup.kernels.loss import cross_entropy
 
 
@@ -47,11 +49,17 @@ def put_on(trainer: Any) -> int | str:
             return theirs(input_ids=input_ids, **others)
         others.pop("use_cache", None)
         others.pop("output_router_logits", None)
-        hidden_BTD = self.base_model(input_ids=input_ids, use_cache=False, **others).last_hidden_state
-        hidden_ND = hidden_BTD[:, :-1].reshape(-1, hidden_BTD.shape[-1])
-        label_N = labels[:, 1:].reshape(-1)
+        place_BT = torch.arange(labels.numel(), device=labels.device).view_as(labels)
+        positions = others.get("position_ids")
+        if positions is not None and len(labels) == 1 and others.get("attention_mask") is None:
+            input_ids, others["position_ids"], place_BT = prefixes.merged(self, input_ids, positions)
+        hidden = self.base_model(input_ids=input_ids, use_cache=False, **others).last_hidden_state
         loss, correct, entropy, learnt = cross_entropy(
-            hidden_ND, self.get_output_embeddings().weight, label_N, num_items_in_batch
+            hidden.flatten(0, 1),
+            self.get_output_embeddings().weight,
+            place_BT[:, :-1].flatten(),
+            labels[:, 1:].flatten(),
+            num_items_in_batch,
         )
         return Output(loss=loss, num_correct_tokens=correct, entropy_sum=entropy, num_valid_tokens=learnt)
 

@@ -70,20 +70,19 @@ def _losses_and_gradients(logits_CV: Tensor, label_C: Tensor, sums: Tensor) -> N
 
 
 def cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, label_N: Tensor, items: Tensor | int | None
+    hidden_KD: Tensor, weight_VD: Tensor, place_N: Tensor, label_N: Tensor, items: Tensor | int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss over `items` (the number of learnt tokens if `None`); right predictions, entropies, learnt tokens.
 
-    hidden_ND[i] predicts label_N[i]; where that is IGNORED nothing is computed. Products are in autocast's type, else
-    float32, as TRL's are.
+    hidden_KD[place_N[i]] predicts label_N[i]; where that is IGNORED nothing is computed. Products are in autocast's
+    type, else float32, as TRL's are.
     """
     learnt = label_N != IGNORED
-    rows = learnt.nonzero()[:, 0]
-    kind = hidden_ND.device.type
+    kind = hidden_KD.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
     with torch.autocast(kind, enabled=False):
         loss, correct, entropy = _LinearCrossEntropy.apply(
-            hidden_ND.index_select(0, rows), weight_VD, label_N[rows], dtype
+            hidden_KD.index_select(0, place_N[learnt]), weight_VD, label_N[learnt], dtype
         )
     count = learnt.sum()
     loss = loss / (count.clamp(min=1) if items is None else torch.as_tensor(items, device=loss.device))

@@ -27,7 +27,8 @@ CHECKPOINTS_KEPT = 2
 class Lengths:
     """Statistics of the training rows, in tokens after truncation. `sampled`: estimated from the first rows.
 
-    `sample`: lengths in order that stand for all; none where they are not known.
+    `sample`: lengths in order that stand for all; none where they are not known. `common`: tokens that all rows begin
+    with; `shared`: those that the sides of a pair do, on average.
     """
 
     rows: int
@@ -40,6 +41,8 @@ class Lengths:
     sampled: bool
     eval_rows: int
     sample: tuple[int, ...] = ()
+    common: int = 0
+    shared: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +149,16 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
     if without_padding(config) and not training.packing:
         batches = steps * training.gradient_accumulation_steps
         average = row_tokens(lengths.sample, training.batch_size * task.forwards, batches)
-        fullest = longest if average is None else min(longest, math.ceil(average))
+        if average is not None:
+            rows = training.batch_size
+            alike = (rows - 1) * lengths.common + rows * lengths.shared
+            fullest = min(longest, math.ceil(average - alike / (rows * task.learnt_from)))
     parts, notes["memory"] = peak(config, decoder, device, fullest, dtype, trainable, adapters)
     if fullest < longest:
-        notes["memory"] += f"; rows of {fullest} tokens on average in the fullest batch, without padding"
+        notes["memory"] += (
+            f"; rows of {fullest} tokens on average in the fullest batch, without padding, and with what they begin"
+            " with alike once"
+        )
     spread = config.distributed
     cut = (
         ("weights", "reference")

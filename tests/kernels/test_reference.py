@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy as reference_loss
 
-from soup.kernels import attention, gate, lora, norm
+from soup.kernels import attention, gate, lora, norm, prefixes
 from soup.kernels.logps import log_probabilities
 from soup.kernels.loss import CHUNK, cross_entropy
 
@@ -24,18 +24,26 @@ def gradients(value, *inputs):
 
 
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("sizes", [[7], [1, 2, 9], [300, 4, 260]])
-def test_attention_of_documents(sizes, window):
-    tokens, heads, kept, width = sum(sizes), 6, 2, 8
+@pytest.mark.parametrize(
+    "runs",  # of tokens: the first position, and the end
+    [
+        [(0, 7)],
+        [(0, 1), (0, 2), (0, 9)],
+        [(0, 300), (0, 4), (0, 260)],
+        [(0, 9), (4, 12), (11, 13), (2, 5), (0, 6), (5, 6)],
+        [(0, 30), (20, 420), (100, 101), (15, 280)],
+    ],
+)
+def test_attention_of_documents(runs, window):
+    places = torch.cat([torch.arange(*run) for run in runs])
+    tokens, heads, kept, width = len(places), 6, 2, 8
     q, k, v = (drawn(1, tokens, n, width, seed=n).transpose(1, 2) for n in (heads, kept, kept))
-    places = torch.cat([torch.arange(size) for size in sizes])
     out, _ = attention.attend(None, q, k, v, None, position_ids=places[None], sliding_window=window)
 
-    index = torch.arange(tokens)
-    document = (places == 0).cumsum(0)
-    seen = (document[:, None] == document) & (index[:, None] >= index)
-    if window:
-        seen &= index[:, None] - index < window
+    seen, path = torch.zeros(tokens, tokens, dtype=torch.bool), []
+    for index, place in enumerate(places.tolist()):
+        path = [*path[:place], index]
+        seen[index, path[-(window or tokens) :]] = True
     scores = q @ k.repeat_interleave(heads // kept, 1).transpose(2, 3) * width**-0.5
     p = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     wanted = (p @ v.repeat_interleave(heads // kept, 1)).transpose(1, 2)
@@ -51,10 +59,11 @@ def test_loss_of_hidden_states(tokens, trained_head):
     label = torch.randint(0, 50, (tokens,), generator=torch.Generator().manual_seed(2))
     label[::3] = -100
     inputs = (hidden, head) if trained_head else (hidden,)
+    place = torch.randint(0, tokens, (tokens,), generator=torch.Generator().manual_seed(3))
     loss, correct, entropy, learnt = cross_entropy(
-        hidden, head if trained_head else head.detach(), label, 2 * tokens
+        hidden, head if trained_head else head.detach(), place, label, 2 * tokens
     )
-    logits = hidden @ head.T
+    logits = hidden[place] @ head.T
     wanted = reference_loss(logits, label, reduction="sum") / (2 * tokens)
     torch.testing.assert_close(loss, wanted, **CLOSE)
     for ours, theirs in zip(gradients(loss, *inputs), gradients(wanted, *inputs), strict=True):
@@ -63,14 +72,14 @@ def test_loss_of_hidden_states(tokens, trained_head):
     p = logits[taught].softmax(-1)
     assert learnt == taught.sum() and correct == (p.argmax(-1) == label[taught]).sum()
     torch.testing.assert_close(entropy, -(p * p.log()).sum(), **CLOSE)
-    assert cross_entropy(hidden, head, label, None)[0].item() == pytest.approx(
+    assert cross_entropy(hidden, head, place, label, None)[0].item() == pytest.approx(
         float(wanted.detach() * 2 * tokens / learnt)
     )
 
 
 def test_a_batch_without_labels_has_no_gradient():
     hidden = drawn(4, 16)
-    loss, *_ = cross_entropy(hidden, drawn(50, 16), torch.full((4,), -100), None)
+    loss, *_ = cross_entropy(hidden, drawn(50, 16), torch.arange(4), torch.full((4,), -100), None)
     assert loss == 0 and not gradients(loss, hidden)[0].any()
 
 
@@ -149,3 +158,36 @@ def test_log_probabilities_of_labels(tokens, trained_head):
     assert torch.equal(found.right_N, (logits.argmax(-1) == label).float())
     for ours, theirs in zip(gradients(found.logp_N, *inputs), gradients(wanted, *inputs), strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+def test_shared_prefixes_of_documents():
+    message, other = [*range(100, 120)], [*range(200, 230)]
+    documents = [
+        [*message, *other, 1, 2],
+        [*message, 5],
+        [*message, *other, 1, 3, 4],
+        [7, 8],
+        [*message, *other, 1, 2],  # the first again
+        [*message, *other],  # what others begin with
+        [7, 8, 9],  # too little in common with the fourth
+    ]
+    ids = torch.tensor([token for one in documents for token in one])[None]
+    places = torch.cat([torch.arange(len(one)) for one in documents])[None]
+    sharing = torch.nn.Identity()
+    assert prefixes.merged(sharing, ids, places).ids_1K is ids
+    sharing.shares_prefixes = True
+    shared = prefixes.merged(sharing, ids, places)
+    assert shared.ids_1K[0, shared.place_1T[0]].tolist() == ids[0].tolist()
+    assert shared.positions_1K[0, shared.place_1T[0]].tolist() == places[0].tolist()
+    assert shared.ids_1K.shape[1] == len(message) + 1 + len(other) + 2 + 2 + 2 + 3
+    seen = {}  # of each token that is computed: what it sees, by its path
+    for path in attention.paths(shared.positions_1K):
+        tokens = [shared.ids_1K[0, part].tolist() for part in (*path.before, path.own)]
+        before = sum(tokens[:-1], [])
+        for index in range(len(tokens[-1])):
+            seen[path.own.start + index] = before + tokens[-1][: index + 1]
+    start = 0
+    for one in documents:
+        for index in range(len(one)):
+            assert seen[int(shared.place_1T[0, start + index])] == one[: index + 1]
+        start += len(one)
