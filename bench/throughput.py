@@ -11,7 +11,8 @@ import nothing of soup; they read the rows that soup tokenised. soup is `python 
 sides there are two: Unsloth trains SFT only on a CPU.
 
 Printed: medians over rounds and their range, the loss of the last step, each side's ratio to soup, and MFU: the
-model's own arithmetic (`flops`) over what this machine does in large bfloat16 products.
+model's own arithmetic (`flops`) for all tokens over what this machine does in large bfloat16 products. `alike` is the
+share of tokens that rows of a step begin with alike, on average, at least: soup computes those once.
 """
 
 from __future__ import annotations
@@ -296,6 +297,9 @@ def main() -> int:
             side: result["tokens_per_s"][side] * needed / peak_rate
         }
     result["mfu"] = result["mfu_of"].get("soup")
+    sides_of_a_row = 2 if args.task == "dpo" else 1
+    once = (args.batch - 1) * lengths["common"] / args.batch + lengths["shared"]
+    result["alike"] = once / (sides_of_a_row * lengths["mean"])
     print(json.dumps(result, indent=2))
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")

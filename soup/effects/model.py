@@ -140,11 +140,12 @@ def kernels(built: Any) -> Iterator[Effect]:
 
 def calls(built: Any) -> dict[str, float]:
     """How often a forward pass of the trainer's loss calls each of soup's kernels, as Python's profiler sees it: of two
-    short rows, or of answers whose reference is given; where the loss is the library's, of the model alone."""
+    short rows, of answers whose reference is given, or of answers that were drawn; where the loss is the library's, of
+    the model alone."""
     import torch
 
     from soup.effects.undisturbed import undisturbed
-    from soup.kernels.fast import reads_answers, trains_rows
+    from soup.kernels.fast import draws_answers, reads_answers, trains_rows
 
     ran: Counter[str] = Counter()
     if not any(part.count for part in built.kernels):
@@ -165,14 +166,19 @@ def calls(built: Any) -> dict[str, float]:
         row = {"prompt_ids": first, "label": True} | dict.fromkeys(sides, [7, 8]) | dict.fromkeys(given, 0.0)
         rows = [trainer.tokenize_row(row) if hasattr(trainer, "tokenize_row") else row]
     own_loss = any(part.name == "loss" and part.count for part in built.kernels)
-    whole = trains_rows(built.config) or own_loss
+    drawn = draws_answers(built.config)
+    whole = trains_rows(built.config) or own_loss and not drawn
     with undisturbed(built):
         batch = trainer._prepare_inputs(trainer.data_collator(rows)) if whole else None
         ids_1T = torch.tensor([first], device=trainer.args.device)
         before = sys.getprofile()
         sys.setprofile(watch)
         try:
-            if batch is None:  # the loss is not soup's, the model's pass may be
+            if own_loss and drawn:
+                trainer._get_per_token_logps_and_entropies(
+                    trainer.model, ids_1T, torch.ones_like(ids_1T), logits_to_keep=2
+                )
+            elif batch is None:  # the loss is not soup's, the model's pass may be
                 built.model(input_ids=ids_1T)
             else:
                 trainer.compute_loss(built.model, batch)

@@ -82,24 +82,33 @@ def _answer(model: Any, accelerator: Any) -> None:
 
 
 def _tokens(
-    model: Any, *, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, **others: Any
+    model: Any,
+    *,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion_mask: Tensor,
+    temperature: float = 1.0,
+    **others: Any,
 ) -> dict[str, Tensor]:
     others |= {"use_cache": False}
+    places_BT = attention_mask.cumsum(1) - 1
     if model.config._attn_implementation == attention.NAME:
-        kept_BT = attention_mask.bool()  # padding is on the right: columns are positions
-        row_N, column_N = kept_BT.nonzero().unbind(1)
-        ids_1K, positions_1K, place_1N = prefixes.merged(model, input_ids[kept_BT][None], column_N[None])
+        kept_BT = attention_mask.bool()
+        ids_1N, places_1N = input_ids[kept_BT][None], places_BT[kept_BT][None]
+        ids_1K, positions_1K, place_1N = prefixes.merged(model, ids_1N, places_1N)
         hidden = model.base_model(input_ids=ids_1K, position_ids=positions_1K, **others).last_hidden_state
         place_N = place_1N[0]
     else:
         kept_BT = torch.ones_like(attention_mask, dtype=torch.bool)
-        row_N, column_N = kept_BT.nonzero().unbind(1)
         hidden = model.base_model(
             input_ids=input_ids, attention_mask=attention_mask, **others
         ).last_hidden_state
-        place_N = torch.arange(len(row_N), device=row_N.device)
-    learnt = (completion_mask[kept_BT].bool() & (column_N > 0)).nonzero()[:, 0]
+        place_N = torch.arange(input_ids.numel(), device=input_ids.device)
+    row_N, column_N = kept_BT.nonzero().unbind(1)
+    learnt = (completion_mask[kept_BT].bool() & (places_BT[kept_BT] > 0)).nonzero()[:, 0]
     before_ND = hidden.flatten(0, 1).index_select(0, place_N[learnt - 1])
+    if temperature != 1.0:
+        before_ND = before_ND / temperature
     weight_VD = model.get_output_embeddings().weight
     found = log_probabilities(before_ND, weight_VD, input_ids[kept_BT][learnt])
     return found._asdict() | {"row_N": row_N[learnt], "column_N": column_N[learnt]}
@@ -110,10 +119,10 @@ def summed(found: dict[str, Tensor], shape: torch.Size) -> Tensor:
     return placed(found, shape).sum(1)
 
 
-def placed(found: dict[str, Tensor], shape: torch.Size) -> Tensor:
+def placed(found: dict[str, Tensor], shape: torch.Size, name: str = "logp_N") -> Tensor:
     """The log-probability of each token where it is in a batch of that shape, and 0 elsewhere."""
-    logp_N = found["logp_N"]
-    return logp_N.new_zeros(shape).index_put((found["row_N"], found["column_N"]), logp_N)
+    value_N = found[name]
+    return value_N.new_zeros(shape).index_put((found["row_N"], found["column_N"]), value_N)
 
 
 def reference(trainer: Any, *batches: dict[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from soup.kernels import attention, gate, head, lora, norm, pairs, rated, reference_free
+from soup.kernels import attention, gate, groups, head, lora, norm, pairs, rated, reference_free
 from soup.kernels.answers import causal_models
 from soup.schema import Config
 
@@ -28,6 +28,7 @@ ANSWERS: dict[
 ] = {  # losses of log-probabilities of answers, by TRL's configuration
     "trl:DPOConfig": pairs.put_on,
     "trl:KTOConfig": rated.put_on,
+    "trl:GRPOConfig": groups.put_on,
     "trl.experimental.orpo:ORPOConfig": reference_free.put_on,
     "trl.experimental.cpo:CPOConfig": reference_free.put_on,
 }
@@ -77,6 +78,11 @@ def trains_rows(config: Config) -> bool:
 def reads_answers(config: Config) -> bool:
     """Whether the task's loss is of log-probabilities of answers."""
     return config.task.config in ANSWERS
+
+
+def draws_answers(config: Config) -> bool:
+    """Whether it is of answers that the trainer has the policy generate."""
+    return config.task.generates > 0
 
 
 def _stock(config: Config) -> str | None:

@@ -17,12 +17,13 @@ def own_kernels(config: Config) -> bool:
 
 def of_answers(config: Config) -> bool:
     """Whether soup's kernels compute the task's loss from log-probabilities of answers (`soup.kernels.answers`)."""
-    return own_kernels(config) and config.task.forwards > 1 and config.task.head == "causal"
+    given = config.task.forwards > 1 and config.task.head == "causal"
+    return own_kernels(config) and (given or config.task.config == "trl:GRPOConfig")
 
 
 def without_padding(config: Config) -> bool:
     """Whether a batch has no padding."""
-    rows = config.task.config == "trl:SFTConfig" or of_answers(config)
+    rows = config.task.config == "trl:SFTConfig" or of_answers(config) and not config.task.generates
     draws = config.lora.dropout > 0 or config.training.neftune_alpha > 0
     return own_kernels(config) and rows and not draws
 

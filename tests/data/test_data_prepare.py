@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from os.path import commonprefix
 
 import pytest
 
@@ -46,6 +47,8 @@ def test_trainers_read_what_was_prepared(arguments, encoder):
     assert report.rows == 2500 and report.format == "alpaca" and not report.sampled
     assert report.lengths["sum"] == sum(map(len, dataset["input_ids"]))
     assert report.lengths["sum_labels"] == sum(label != -100 for row in dataset["labels"] for label in row)
+    begin = commonprefix(dataset["input_ids"][:])
+    assert report.lengths["common"] == len(begin) > 3 and report.lengths["shared"] == 0
     assert sum(report.lengths["histogram"]["counts"]) == 2500
     assert report.bytes == made["train"].open().stat().st_size
     assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
@@ -272,6 +275,14 @@ def test_a_prompt_that_leaves_no_room_is_dropped_and_counted(arguments):
     ]
     report = prepare(**arguments(rows, shape="preference", max_length=40))["train"].report
     assert (report.rows, report.dropped_nothing_left) == (1, 1)
+
+
+def test_what_pairs_begin_with_alike_is_counted(arguments):
+    rows = [{"prompt": f"Say {word}.", "chosen": "b", "rejected": "c d"} for word in ("a", "nothing at all")]
+    prepared = prepare(**arguments(rows, shape="preference"))["train"]
+    prompts = load(prepared)["prompt_ids"][:]
+    assert prepared.report.lengths["shared"] == sum(map(len, prompts)) / 2
+    assert prepared.report.lengths["common"] == len(commonprefix(prompts)) > 0
 
 
 def test_the_held_out_split_is_deterministic_disjoint_and_complete(arguments, tmp_path):

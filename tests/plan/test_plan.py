@@ -359,6 +359,13 @@ def test_rows_without_padding_take_less(compose):
         padded = planned(compose, "data.max_length=512", *words, lengths=lengths)
         assert fast.memory["activations"] < 0.8 * padded.memory["activations"]
         assert "without padding" in fast.notes["memory"] and "without padding" not in padded.notes["memory"]
+    alike = planned(compose, "data.max_length=512", lengths=Lengths(**vars(lengths) | {"common": 100}))
+    assert alike.memory["activations"] < 0.8 * fast.memory["activations"]
+    pairs = planned(compose, "task=dpo", "data.max_length=512", lengths=lengths)
+    asked = planned(
+        compose, "task=dpo", "data.max_length=512", lengths=Lengths(**vars(lengths) | {"shared": 200.0})
+    )
+    assert asked.memory["activations"] < 0.8 * pairs.memory["activations"]
     stock = planned(compose, "data.max_length=512", "backend.kernels=stock", lengths=lengths)
     assert fast.memory["logits"] < 0.2 * stock.memory["logits"]
 

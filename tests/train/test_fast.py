@@ -115,7 +115,7 @@ REASONS = {
     "dropout": ("lora.dropout=0.1", "no documents, because dropout is drawn for padded rows"),
     "noise": ("training.neftune_alpha=5.0", "no documents, because training.neftune_alpha"),
     "4 bits": ("model.quantization=4bit", "no adapters, because it lies on Linear4bit"),
-    "prompts": ("task=grpo", "no documents, because task=grpo"),
+    "scores": ("task=reward", "no documents, because task=reward"),
     "all weights": ("lora=none", "no adapters, because lora=none"),
 }
 

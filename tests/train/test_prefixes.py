@@ -1,0 +1,112 @@
+"""What rows of a batch begin with alike: computed once, with the losses and gradients of every row by itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from tests.train import test_fast, test_fast_answers
+
+EXACT = ("model.dtype=float32", "training.batch_size=4", "data.eval_fraction=0")
+JOBS = {
+    "sft": ("task=sft", "lora=lora"),
+    "sft, all weights": ("task=sft", "lora=none"),
+    "recomputed": ("task=sft", "training.gradient_checkpointing=true"),
+    "packed": ("task=sft", "training.packing=true", "training.batch_size=1", "data.max_length=400"),
+    "pretraining": ("task=pretrain", "lora=lora"),
+}
+ANSWERS = {
+    "dpo": ("task=dpo",),
+    "dpo, a frozen copy": ("task=dpo", "lora=none"),
+    "ipo": ("task=ipo",),
+    "kto": ("task=kto",),
+    "orpo": ("task=orpo",),
+    "orpo, all weights": ("task=orpo", "lora=none"),
+    "simpo": ("task=simpo",),
+}
+SYSTEM = {
+    "role": "system",
+    "content": "The keeper of the lamp answers briefly, and counts the hours of the night.",
+}
+ASKED = ("Is the lamp lit, and since when?", "What do you write at four?", "Who comes up the stairs?")
+SAID = ("Since six, as ever.", "The wind, and that nobody came by.", "The cat. She comes at four, too.")
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """A file of conversations below one system message, some of them with one question, or of pairs."""
+
+    def file(pairs):
+        found = []
+        for number in range(12):
+            prompt = [SYSTEM, {"role": "user", "content": ASKED[number // 2 % 3]}]
+            good, bad = SAID[number % 3], SAID[(number + 1) % 3] + f" {number}"
+            if pairs:
+                one = {"prompt": prompt} | {
+                    side: [{"role": "assistant", "content": text}]
+                    for side, text in (("chosen", good), ("rejected", bad))
+                }
+            else:
+                one = {"messages": [*prompt, {"role": "assistant", "content": good}]}
+            found.append(json.dumps(one))
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(found) + "\n")
+        return f"data.train={path}"
+
+    return file
+
+
+def passed(built):
+    """Tokens of the first batch, and of them those that the embedding is given in a training pass."""
+    trainer = built.trainer
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    seen = []
+    hook = built.model.get_input_embeddings().register_forward_hook(
+        lambda _, given, __: seen.append(given[0].numel())
+    )
+    built.model.train()
+    trainer.compute_loss(built.model, batch)
+    hook.remove()
+    masks = [value for name, value in batch.items() if name.endswith("attention_mask")]
+    return sum(int(mask.sum()) for mask in masks) if masks else batch["input_ids"].numel(), seen
+
+
+@pytest.mark.parametrize("words", JOBS.values(), ids=JOBS)
+def test_rows_have_the_gradients_of_the_stock_path(build, rows, words):
+    words = (*EXACT, "optim.lr=2e-3", rows(pairs=False), *words)
+    tokens, seen = passed(build(*words))
+    assert sum(seen) < 0.7 * tokens
+    test_fast.same_step(build, *words)
+
+
+@pytest.mark.parametrize("words", ANSWERS.values(), ids=ANSWERS)
+def test_answers_have_the_gradients_of_the_stock_path(build, rows, words):
+    words = (*EXACT, rows(pairs=True), *words)
+    tokens, seen = passed(build(*words))
+    passes = 2 if any(task in words for task in ("task=dpo", "task=ipo", "task=kto")) else 1
+    assert sum(seen[:passes]) < 0.7 * passes * tokens
+    assert test_fast_answers.same_step(build, *words)["prefixes"].count == 1
+
+
+@pytest.mark.parametrize("words", [("lora.dropout=0.1",), ("training.neftune_alpha=5",)])
+def test_what_is_drawn_for_each_token_is_not_shared(build, rows, words):
+    packed = ("training.packing=true", "training.batch_size=1", "data.max_length=400")
+    built = build(*EXACT, rows(pairs=False), *packed, *words)
+    tokens, seen = passed(built)
+    assert seen == [tokens]
+    kernels = {part.name: part for part in built.kernels}
+    assert kernels["documents"].count and "is drawn for each token" in kernels["prefixes"].why
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_dropout_inside_attention_goes_the_stock_way(build, tmp_path, packed):
+    folder = tmp_path / "dropping"
+    shutil.copytree(build().model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    words = ("training.packing=true", "training.batch_size=2") if packed else ()
+    kernels = {part.name: part for part in build(f"model.base={folder}", *words).kernels}
+    for name in ("documents", "prefixes"):
+        assert not kernels[name].count and "attention_dropout" in kernels[name].why
