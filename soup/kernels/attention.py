@@ -188,6 +188,17 @@ def _hidden(rows: slice, window: int, like: Tensor) -> Tensor:
     )
 
 
+def _dense(parts: Sequence[Path], window: int, like: Tensor) -> Tensor:
+    """(T, T), 0 where a token of a row sees another, else minus infinity."""
+    tokens = parts[-1].own.stop
+    hidden_TT = like.new_full((tokens, tokens), -torch.inf)
+    for path in parts:
+        runs = [torch.arange(part.start, part.stop, device=like.device) for part in (*path.before, path.own)]
+        rows = slice(path.first(), sum(path.sizes()))
+        hidden_TT[path.own].index_copy_(1, torch.cat(runs), _hidden(rows, window, like))
+    return hidden_TT
+
+
 def attend(
     module: torch.nn.Module,
     query: Tensor,
@@ -203,7 +214,9 @@ def attend(
     """As transformers calls an attention function, on q, k, v of shape (B, heads, T, D): (B, T, H, D)."""
     tokens = query.shape[2]
     whole = query.shape[0] == 1 and tokens == key.shape[2] and value.shape[-1] == query.shape[-1]
-    if attention_mask is None and position_ids is not None and whole and not dropout:
+    if attention_mask is None and position_ids is not None and whole and dropout:
+        attention_mask = _dense(paths(position_ids), sliding_window or tokens, query)
+    elif attention_mask is None and position_ids is not None and whole:
         kind = query.device.type
         if torch.is_autocast_enabled(kind):  # as it casts what goes into torch's own
             query, key, value = (one.to(torch.get_autocast_dtype(kind)) for one in (query, key, value))

@@ -32,6 +32,11 @@ ANSWERS: dict[
     "trl.experimental.orpo:ORPOConfig": reference_free.put_on,
     "trl.experimental.cpo:CPOConfig": reference_free.put_on,
 }
+JITTER = (
+    "jitter_noise",
+    "router_jitter_noise",
+    "input_jitter_noise",
+)  # of routers in transformers' MoE models
 PARTS = ("norms", "gates", "adapters", "loss", "documents", "prefixes")
 
 
@@ -127,8 +132,6 @@ def _documents(trainer: Any, config: Config, implementation: str | None, loss: P
     )  # a collator of answers always pads, and `answers` takes that out
     if not free and (drawn := _drawn(trainer, config)) is not None:
         return f"{drawn} is drawn for padded rows"
-    if any(getattr(module, "attention_dropout", 0.0) > 0 for module in trainer.model.modules()):
-        return "the model's attention_dropout is above 0"
     for model in models:
         model.set_attn_implementation(attention.NAME)
     whys = [why for model in models if (why := _mixed(model)) is not None]
@@ -158,8 +161,12 @@ def _drawn(trainer: Any, config: Config) -> str | None:
     """What draws numbers for tokens in a forward pass."""
     if config.training.neftune_alpha > 0:
         return "training.neftune_alpha"
+    if any(getattr(module, name, None) for module in trainer.model.modules() for name in JITTER):
+        return "the router's jitter"
     if any(isinstance(m, nn.Dropout) and m.p > 0 for m in trainer.model.modules()):
         return "dropout"
+    if getattr(trainer.model.config.get_text_config(), "attention_dropout", None):
+        return "attention_dropout"
     return None
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from tests.train import test_fast, test_fast_answers
 
@@ -101,12 +102,26 @@ def test_what_is_drawn_for_each_token_is_not_shared(build, rows, words):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_dropout_inside_attention_goes_the_stock_way(build, tmp_path, packed):
+def test_dropout_inside_attention(build, tmp_path, packed):
     folder = tmp_path / "dropping"
     shutil.copytree(build().model_folder, folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
     words = ("training.packing=true", "training.batch_size=2") if packed else ()
-    kernels = {part.name: part for part in build(f"model.base={folder}", *words).kernels}
-    for name in ("documents", "prefixes"):
-        assert not kernels[name].count and "attention_dropout" in kernels[name].why
+    built = build(f"model.base={folder}", "model.dtype=float32", *words)
+    kernels = {part.name: part for part in built.kernels}
+    assert bool(kernels["documents"].count) == packed and not kernels["prefixes"].count
+    assert "attention_dropout is drawn" in kernels["prefixes"].why
+    if packed:  # in training, too, a token of one document does not reach another
+        model = built.trainer.model.train()
+        places_1T = torch.cat([torch.arange(5), torch.arange(7)])[None]
+        ids_1T = torch.arange(20, 32)[None]
+        moved_1T = ids_1T.clone()
+        moved_1T[0, :5] += 1
+
+        def second(ids, seed):
+            torch.manual_seed(seed)
+            return model(input_ids=ids, position_ids=places_1T, use_cache=False).logits[0, 5:]
+
+        torch.testing.assert_close(second(moved_1T, 0), second(ids_1T, 0))
+        assert not torch.allclose(second(ids_1T, 1), second(ids_1T, 0), atol=1e-3)
