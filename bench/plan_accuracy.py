@@ -61,7 +61,10 @@ SETTINGS = {
 def measure(words: list[str], steps: int, folder: Path) -> tuple[int, int]:
     """Predicted and measured peak, in bytes, of one run of `steps` optimizer steps."""
     text = folder / "rows.jsonl"
-    text.write_text((json.dumps({"text": SENTENCE * 40}) + "\n") * 64)
+    numbered = [
+        json.dumps({"text": f"{number} {SENTENCE * 40}"}) for number in range(64)
+    ]  # alike, they are shared
+    text.write_text("\n".join(numbered) + "\n")
     if "task=pretrain" in words:
         words = [*words, f"data.train={text}"]
     words = [*words, f"training.max_steps={steps}", f"run.root={folder / 'runs'}"]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-LEAST = 16  # tokens that two documents share at least: a branch costs its attention a mask
+from soup.plan.unpadded import LEAST
 
 
 class Merged(NamedTuple):
@@ -28,7 +28,7 @@ class Merged(NamedTuple):
 
 
 def merged(model: Any, ids_1T: Tensor, positions_1T: Tensor) -> Merged:
-    """All tokens where the model does not share prefixes (`put_on`)."""
+    """Of documents one after another; all their tokens where the model does not share prefixes (`fast.put_on`)."""
     if not getattr(model, "shares_prefixes", False):
         return Merged(ids_1T, positions_1T, torch.arange(ids_1T.shape[1], device=ids_1T.device)[None])
     return _shared(ids_1T, positions_1T)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from soup.schema import Config
 
+LEAST = 16  # tokens that rows begin with alike, from which on they are computed once: a branch costs attention a mask
+
 
 def own_kernels(config: Config) -> bool:
     """Whether soup's kernels take part, as far as the configuration says; `soup.kernels.fast` looks at the model."""
