@@ -6,6 +6,7 @@ by what a changed token moves (`_kept_apart`).
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,24 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from soup.kernels import attention, gate, groups, head, lora, norm, pairs, rated, reference_free
+from soup.kernels import attention, gate, head, lora, norm
 from soup.kernels.answers import causal_models
 from soup.schema import Config
 
-LAYERS = {
-    "full_attention",
-    "sliding_attention",
-}  # kinds of attention layers that see a document as `attention` does
-
-
-ANSWERS: dict[
-    str, Callable[[Any], int | str]
-] = {  # losses of log-probabilities of answers, by TRL's configuration
-    "trl:DPOConfig": pairs.put_on,
-    "trl:KTOConfig": rated.put_on,
-    "trl:GRPOConfig": groups.put_on,
-    "trl.experimental.orpo:ORPOConfig": reference_free.put_on,
-    "trl.experimental.cpo:CPOConfig": reference_free.put_on,
+# Kinds of attention layers that see a document as `attention` does.
+LAYERS = {"full_attention", "sliding_attention"}
+# Losses of log-probabilities of answers, by TRL's configuration: modules here, imported where their trainer is.
+ANSWERS = {
+    "trl:DPOConfig": "pairs",
+    "trl:KTOConfig": "rated",
+    "trl:GRPOConfig": "groups",
+    "trl.experimental.orpo:ORPOConfig": "reference_free",
+    "trl.experimental.cpo:CPOConfig": "reference_free",
 }
 JITTER = (
     "jitter_noise",
@@ -69,7 +65,9 @@ def put_on(trainer: Any, model: nn.Module, config: Config, implementation: str |
         return tuple(Part(name, 0, why) for name in PARTS)
     norms, gates = _try("norms", norm.put_on, model), _try("gates", gate.put_on, model)
     adapters = _try("adapters", lambda: lora.put_on(model, gate.adapters(model)))
-    loss = _try("loss", ANSWERS.get(config.task.config, head.put_on), trainer)
+    answers = ANSWERS.get(config.task.config)
+    losses: Any = head if answers is None else importlib.import_module(f"soup.kernels.{answers}")
+    loss = _try("loss", losses.put_on, trainer)
     documents = _try("documents", lambda: _documents(trainer, config, implementation, loss))
     prefixes = _try("prefixes", lambda: _prefixes(trainer, config, loss, documents))
     return norms, gates, adapters, loss, documents, prefixes
