@@ -13,13 +13,14 @@ from soup.schema import Config
 from soup.specs import DistributedSpec
 
 RUNTIME_BYTES = {"cpu": 720e6, "cuda": 1.5e9}  # the process with its libraries (measured); CUDA's context
+BITSANDBYTES = 75e6  # the library and what it imports, which runs that store their weights plainly go without
 ALLOCATOR = 1.1  # freed blocks that malloc keeps: measured activations over the tensors counted below
 # What glibc's malloc keeps as holes between activations that stay, as a share of those, and with checkpointing of those
 # that it frees (measured; giving it back to the system at once costs six times the step's time). A GPU's allocator
 # reuses them.
 HOLES = {"cpu": 0.4, "cuda": 0.0}
 RECOMPUTED_HOLES = {"cpu": 0.55, "cuda": 0.0}
-ROUNDED_HOLES = {"cpu": 1.0, "cuda": 0.0}  # of simulated weights: float32 copies came and went between them
+ROUNDED_HOLES = {"cpu": 1.4, "cuda": 0.0}  # of simulated weights: float32 copies came and went between them
 LOGIT_CHUNK = (
     256  # learnt tokens that TRL turns into logits at once (sft_trainer._CHUNKED_LM_HEAD_CHUNK_SIZE)
 )
@@ -134,7 +135,7 @@ def peak(
         ),
         "activations": ALLOCATOR * activations,
         "logits": logits,
-        "runtime": RUNTIME_BYTES[device.kind],
+        "runtime": RUNTIME_BYTES[device.kind] + BITSANDBYTES * (config.model.stored != "none"),
     }
     note = f"batch of {training.batch_size} x {length} tokens; activations: {how}; logits: {how_logits}"
     return parts, note
