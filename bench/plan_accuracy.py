@@ -61,9 +61,8 @@ SETTINGS = {
 def measure(words: list[str], steps: int, folder: Path) -> tuple[int, int]:
     """Predicted and measured peak, in bytes, of one run of `steps` optimizer steps."""
     text = folder / "rows.jsonl"
-    numbered = [
-        json.dumps({"text": f"{number} {SENTENCE * 40}"}) for number in range(64)
-    ]  # alike, they are shared
+    # Numbered: rows that begin alike would be computed once.
+    numbered = [json.dumps({"text": f"{number} {SENTENCE * 40}"}) for number in range(64)]
     text.write_text("\n".join(numbered) + "\n")
     if "task=pretrain" in words:
         words = [*words, f"data.train={text}"]

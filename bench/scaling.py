@@ -36,9 +36,8 @@ def measure(model: Path, kernels: str, length: int, folder: Path) -> dict[str, A
     rows = folder / f"rows{length}.jsonl"
     if not rows.exists():
         text = WORDS * (length // 8)  # more tokens than the row takes: it is cut to data.max_length
-        numbered = [
-            json.dumps({"text": f"{number} {text}"}) for number in range(8)
-        ]  # alike, they would be shared
+        # Numbered: rows that begin alike would be computed once.
+        numbered = [json.dumps({"text": f"{number} {text}"}) for number in range(8)]
         rows.write_text("\n".join(numbered) + "\n")
     root = folder / f"{model.name}-{kernels}-{length}"
     words = [

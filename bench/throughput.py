@@ -254,6 +254,7 @@ def main() -> int:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
     from soup.device import resolve
+    from soup.plan.unpadded import alike
 
     rows, model, report = rows_of(args)
     bf16 = resolve(args.device).bf16 and not args.float32
@@ -298,8 +299,8 @@ def main() -> int:
         }
     result["mfu"] = result["mfu_of"].get("soup")
     sides_of_a_row = 2 if args.task == "dpo" else 1
-    once = (args.batch - 1) * lengths["common"] / args.batch + lengths["shared"]
-    result["alike"] = once / (sides_of_a_row * lengths["mean"])
+    once = alike(args.batch, lengths["common"], lengths["shared"])
+    result["alike"] = once / (args.batch * sides_of_a_row * lengths["mean"])
     print(json.dumps(result, indent=2))
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")

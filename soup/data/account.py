@@ -28,6 +28,7 @@ class Account:
         self.learnt: list[int] = []
         self.truncated: list[bool] = []
         self.groups: list[bytes] = []
+        self.paired = len(ANSWERS.get(settings.shape, ())) > 1
         self.prompts: list[int] = []
         self.common: list[int] | None = None
         self.held_out = settings.eval_fraction > 0
@@ -38,9 +39,10 @@ class Account:
             self.lengths.append(row.length)
             self.learnt.append(row.learnt)
             self.truncated.append(row.too_long)
-            begins = list(row.columns.get("input_ids", row.columns.get("prompt_ids", ())))
-            self.prompts.append(len(begins) if len(ANSWERS.get(self.settings.shape, ())) > 1 else 0)
-            self.common = begins if self.common is None else commonprefix([self.common, begins])
+            ids = row.columns.get("input_ids", row.columns.get("prompt_ids", ()))
+            self.prompts.append(len(ids) if self.paired else 0)
+            known = ids if self.common is None else self.common
+            self.common = commonprefix([list(known), list(ids[: len(known)])])
             if self.held_out:
                 self.groups.append(group_digest(self.settings.shape, row.columns))
             yield row

@@ -44,16 +44,18 @@ class Path(NamedTuple):
     def sizes(self) -> list[int]:
         return [part.stop - part.start for part in (*self.before, self.own)]
 
-    def first(self) -> int:
-        """The position of its own first token in the document."""
-        return sum(self.sizes()[:-1])
+    def place(self) -> slice:
+        """Where its own tokens are in the document."""
+        *before, own = self.sizes()
+        return slice(sum(before), sum(before) + own)
 
     def blocks(self, step: int) -> Iterator[tuple[slice, slice]]:
         """So many of its own tokens at a time: where they are in the document, and in the row."""
-        first, end = self.first(), sum(self.sizes())
-        for start in range(first, end, step):
-            stop = min(start + step, end)
-            yield slice(start, stop), slice(self.own.start + start - first, self.own.start + stop - first)
+        place = self.place()
+        earlier = self.own.start - place.start
+        for start in range(place.start, place.stop, step):
+            stop = min(start + step, place.stop)
+            yield slice(start, stop), slice(start + earlier, stop + earlier)
 
 
 def paths(position_ids_1T: Tensor) -> list[Path]:
@@ -94,7 +96,7 @@ class _Documents(torch.autograd.Function):
         kept = k_1KTD.shape[1]
         out_1THD = torch.empty_like(q_1HTD.transpose(1, 2), memory_format=torch.contiguous_format)
         for path in parts:
-            if sum(path.sizes()) > LONG or q_1HTD.dtype is torch.float32:
+            if path.place().stop > LONG or q_1HTD.dtype is torch.float32:
                 out_1THD[:, path.own] = _alone(path, q_1HTD, k_1KTD, v_1KTD, scale, window)
                 continue
             k_KSD, v_KSD = path.of(k_1KTD[0]).float(), path.of(v_1KTD[0])
@@ -136,7 +138,7 @@ class _Documents(torch.autograd.Function):
             for total_KTD, one_KSD in ((dk_KTD, dk_KSD), (dv_KTD, dv_KSD)):
                 for part, one in zip(path.before, one_KSD.split(path.sizes(), 1), strict=False):
                     total_KTD[:, part] += one
-                total_KTD[:, path.own] = one_KSD[:, path.first() :]
+                total_KTD[:, path.own] = one_KSD[:, path.place()]
         return dq_1THD.transpose(1, 2), dk_KTD[None], dv_KTD[None], None, None, None
 
 
@@ -156,8 +158,7 @@ def _scores(q_KND: Tensor, k_KSD: Tensor, rows: slice, scale: float, window: int
 
 def _alone(path: Path, q_1HTD: Tensor, k_1KTD: Tensor, v_1KTD: Tensor, scale: float, window: int) -> Tensor:
     """Torch's own attention of one path's own tokens, (1, n, H, D)."""
-    q_1HnD = q_1HTD[:, :, path.own]
-    rows = slice(path.first(), path.first() + q_1HnD.shape[2])
+    q_1HnD, rows = q_1HTD[:, :, path.own], path.place()
     plain = not rows.start and rows.stop <= window
     k_1KSD, v_1KSD = (path.of(x[0])[None] if path.before else x[:, :, path.own] for x in (k_1KTD, v_1KTD))
     out_1HnD = scaled_dot_product_attention(
@@ -195,8 +196,7 @@ def _dense(parts: Sequence[Path], window: int, like: Tensor) -> Tensor:
     hidden_TT = like.new_full((tokens, tokens), -torch.inf)
     for path in parts:
         runs = [torch.arange(part.start, part.stop, device=like.device) for part in (*path.before, path.own)]
-        rows = slice(path.first(), sum(path.sizes()))
-        hidden_TT[path.own].index_copy_(1, torch.cat(runs), _hidden(rows, window, like))
+        hidden_TT[path.own].index_copy_(1, torch.cat(runs), _hidden(path.place(), window, like))
     return hidden_TT
 
 
@@ -215,15 +215,18 @@ def attend(
     """As transformers calls an attention function, on q, k, v of shape (B, heads, T, D): (B, T, H, D)."""
     tokens = query.shape[2]
     whole = query.shape[0] == 1 and tokens == key.shape[2] and value.shape[-1] == query.shape[-1]
-    if attention_mask is None and position_ids is not None and whole and dropout:
-        attention_mask = _dense(paths(position_ids), sliding_window or tokens, query)
-    elif attention_mask is None and position_ids is not None and whole:
+    if attention_mask is None and position_ids is not None and whole:
+        parts = paths(position_ids)
+        window = tokens if sliding_window is None else sliding_window
+        if dropout:
+            mask_TT = _dense(parts, window, query)
+            return sdpa_attention_forward(
+                module, query, key, value, mask_TT, dropout=dropout, scaling=scaling, **others
+            )
         kind = query.device.type
         if torch.is_autocast_enabled(kind):  # as it casts what goes into torch's own
             query, key, value = (one.to(torch.get_autocast_dtype(kind)) for one in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        window = tokens if sliding_window is None else sliding_window
-        parts = paths(position_ids)
         if kind == "cpu":
             with torch.autocast(kind, enabled=False):  # scores are in float32
                 return _Documents.apply(query, key, value, parts, scale, window), None

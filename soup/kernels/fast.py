@@ -1,7 +1,7 @@
 """Puts soup's kernels on a trainer where they compute what the stock path does, and says where not, and why.
 
 What is decided is decided by the objects that were built: the classes of their modules, and for rows without padding
-by what a changed token moves (`_kept_apart`).
+by what a changed token moves (`_mixed`).
 """
 
 from __future__ import annotations

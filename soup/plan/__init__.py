@@ -14,7 +14,7 @@ from soup.plan.decoder import Shape, adapter_parameters, shape
 from soup.plan.fits import frozen_layers, refuse_unfit
 from soup.plan.memory import BYTES, optimizer_bytes, peak, proving
 from soup.plan.spread import devices
-from soup.plan.unpadded import LEAST, row_tokens, without_padding
+from soup.plan.unpadded import alike, row_tokens, without_padding
 from soup.rope import scaling
 from soup.schema import Config
 
@@ -151,9 +151,8 @@ def plan(config: Config, *, model: Mapping[str, Any], device: Device, lengths: L
         average = row_tokens(lengths.sample, training.batch_size * task.forwards, batches)
         if average is not None:
             rows = training.batch_size
-            common = lengths.common if lengths.common >= LEAST else 0
-            alike = (rows - 1) * common + rows * lengths.shared
-            fullest = min(longest, math.ceil(average - alike / (rows * task.learnt_from)))
+            once = alike(rows, lengths.common, lengths.shared)
+            fullest = min(longest, math.ceil(average - once / (rows * task.learnt_from)))
     parts, notes["memory"] = peak(config, decoder, device, fullest, dtype, trainable, adapters)
     if fullest < longest:
         notes["memory"] += (

@@ -30,6 +30,14 @@ def without_padding(config: Config) -> bool:
     return own_kernels(config) and rows and not draws
 
 
+def alike(rows: int, common: int, shared: float) -> float:
+    """Tokens of a batch of rows, or pairs, that are computed once for several, at least (`soup.kernels.prefixes`).
+
+    `common`: tokens that all rows begin with; `shared`: those that the sides of a pair do.
+    """
+    return (rows - 1) * (common if common >= LEAST else 0) + rows * shared
+
+
 def row_tokens(lengths: Sequence[int], rows: int, batches: int) -> float | None:
     """Tokens of a row on average in the fullest of `batches` batches of `rows` rows; `None` without lengths.
 

@@ -25,12 +25,24 @@ JOBS = {
 }
 
 
-def step(built):
-    """Loss of the first training batch, its metrics, and gradients; the adapters are moved off the reference before."""
-    trainer, model = built.trainer, built.model
+def move_off_the_reference(model):
     with torch.no_grad():
         for place, p in enumerate(p for p in model.parameters() if p.requires_grad):
             p += 0.02 * torch.sin(torch.arange(p.numel(), dtype=p.dtype) + place).view_as(p)
+
+
+def assert_same_gradients(gradients, wanted):
+    for name, gradient in gradients.items():
+        theirs = wanted[name]
+        torch.testing.assert_close(
+            gradient, theirs, rtol=1e-3, atol=1e-5 * max(1.0, float(theirs.abs().max()))
+        )
+
+
+def step(built):
+    """Loss of the first training batch, its metrics, and gradients; the adapters are moved off the reference before."""
+    trainer, model = built.trainer, built.model
+    move_off_the_reference(model)
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     model.train()
     torch.manual_seed(3)
@@ -51,11 +63,7 @@ def same_step(build, *words):
     assert loss == pytest.approx(wanted, rel=1e-4)
     assert list(metrics) == list(wanted_metrics)
     assert metrics == pytest.approx(wanted_metrics, rel=1e-4, abs=1e-4)
-    for name, gradient in gradients.items():
-        theirs = wanted_gradients[name]
-        torch.testing.assert_close(
-            gradient, theirs, rtol=1e-3, atol=1e-5 * max(1.0, float(theirs.abs().max()))
-        )
+    assert_same_gradients(gradients, wanted_gradients)
     return kernels
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.train.test_fast_answers import assert_same_gradients, move_off_the_reference
+from tests.train.test_prefixes import embedded
+
 EXACT = ("task=grpo", "model.dtype=float32", "training.batch_size=4", "task.num_generations=4")
 JOBS = {
     "adapters": (),
@@ -19,9 +22,7 @@ JOBS = {
 def step(built):
     """Answers that are drawn for the first batch, their loss, its metrics, and gradients."""
     trainer, model = built.trainer, built.model
-    with torch.no_grad():
-        for place, p in enumerate(p for p in model.parameters() if p.requires_grad):
-            p += 0.02 * torch.sin(torch.arange(p.numel(), dtype=p.dtype) + place).view_as(p)
+    move_off_the_reference(model)
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     model.train()
     torch.manual_seed(3)
@@ -46,27 +47,19 @@ def test_a_step_is_that_of_the_stock_path(build, words):
     assert torch.equal(drawn, wanted_drawn)
     assert loss == pytest.approx(wanted, rel=1e-4, abs=1e-6)
     assert metrics == pytest.approx(wanted_metrics, rel=1e-4, abs=1e-4)
-    for name, gradient in gradients.items():
-        theirs = wanted_gradients[name]
-        torch.testing.assert_close(
-            gradient, theirs, rtol=1e-3, atol=1e-5 * max(1.0, float(theirs.abs().max()))
-        )
+    assert_same_gradients(gradients, wanted_gradients)
 
 
 def test_a_prompt_passes_once_for_all_of_its_answers(build):
     built = build(*EXACT)
     trainer = built.trainer
-    seen = []
-    hook = built.model.get_input_embeddings().register_forward_hook(
-        lambda _, given, __: seen.append(given[0].numel())
-    )
     ids_BT = torch.cat([torch.arange(40).expand(4, -1), torch.arange(40, 48).view(4, 2)], 1)
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[1, -1] = 0  # an answer that ended
-    logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
-        trainer.model, ids_BT, mask_BT, 2, compute_entropy=True
-    )
-    hook.remove()
+    with embedded(built.model) as seen:
+        logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, ids_BT, mask_BT, 2, compute_entropy=True
+        )
     assert seen == [40 + 4 * 2 - 1] and logps.shape == entropies.shape == (4, 2)
     logits = trainer.model(input_ids=ids_BT, attention_mask=mask_BT).logits[:, -3:-1] / trainer.temperature
     wanted = logits.log_softmax(-1)

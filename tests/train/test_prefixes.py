@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -59,17 +60,26 @@ def rows(tmp_path):
     return file
 
 
+@contextmanager
+def embedded(model):
+    """How many tokens the embedding is given in each pass, as they come."""
+    seen = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda _, given, __: seen.append(given[0].numel())
+    )
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
 def passed(built):
     """Tokens of the first batch, and of them those that the embedding is given in a training pass."""
     trainer = built.trainer
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    seen = []
-    hook = built.model.get_input_embeddings().register_forward_hook(
-        lambda _, given, __: seen.append(given[0].numel())
-    )
     built.model.train()
-    trainer.compute_loss(built.model, batch)
-    hook.remove()
+    with embedded(built.model) as seen:
+        trainer.compute_loss(built.model, batch)
     masks = [value for name, value in batch.items() if name.endswith("attention_mask")]
     return sum(int(mask.sum()) for mask in masks) if masks else batch["input_ids"].numel(), seen
 
