@@ -1,5 +1,5 @@
-"""GRPO's log-probabilities of the answers it drew, by `soup.kernels.answers`: a group's prompt passes the model once, and
-no logits are kept. The loss itself is TRL's.
+"""GRPO's log-probabilities of the answers it drew, by `soup.kernels.answers`: a group's prompt passes the model once,
+and no logits are kept. The loss itself is TRL's.
 
 Positions count from a prompt's first token; TRL 1.12 counts its padding too, which rotary embeddings do not see.
 """
