@@ -98,6 +98,8 @@ def _lead(
     run.result_file.unlink(missing_ok=True)
     words = ["--prove"] if prove_only else []
     cause = torchrun.lead(run, config, words, console_fd, lock._context.lock_file_fd, stopper)
+    if cause is not None and cause.status == "interrupted" and run.result() is not None:
+        cause = None  # a process died once all was written
     if cause is None:
         return 0 if prove_only else EXIT.get((run.result() or {}).get("status"), 1)
     if cause.status == "failed":

@@ -46,20 +46,22 @@ def main(words: list[str]) -> int:
             _fail(run, rank, refused, 1 if isinstance(refused, NotInForce) else 2)
         except (RecordError, Exception) as error:  # noqa: BLE001
             _fail(run, rank, error, 1)
-    from soup.train import ranks
-
-    ranks.leave()
     return 0
 
 
 def _fail(run: Run, rank: int, error: BaseException, status: int) -> NoReturn:
-    """Ends at once: what waits for the other processes would hold it."""
     traceback.print_exception(error)
     note(run, rank, error, status)
+    _end(1)
+
+
+def _end(status: int) -> NoReturn:
+    """Ends at once: an interpreter that is taken down waits for other processes, or aborts, where a thread of gloo
+    still holds a tensor (https://github.com/pytorch/pytorch/pull/179291)."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    _end(main(sys.argv[1:]))

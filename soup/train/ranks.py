@@ -37,11 +37,6 @@ def join(config: Config, device: Device) -> None:
     )
 
 
-def leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 

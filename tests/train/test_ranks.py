@@ -45,6 +45,20 @@ if os.environ.get("RANK") == "1":
                 AdamW.step = step
     sys.meta_path.insert(0, Late())
 """
+# What dies at the very end: in the first process what follows the run's last record, in the second one Python itself.
+DYING = """
+import os
+if os.environ.get("RANK") == "1":
+    import atexit
+    atexit.register(os.abort)
+elif os.environ.get("RANK") == "0":
+    from soup.record import Run
+    finish = Run.finish
+    def killed(*given, **named):
+        finish(*given, **named)
+        os.kill(os.getpid(), 9)
+    Run.finish = killed
+"""
 
 
 def ranks(process):
@@ -78,7 +92,7 @@ def alone(tree, place_below, train, tmp_path_factory):
     """The run that nothing interrupts."""
     run = place_below(tmp_path_factory.mktemp("alone"), tree(*JOB, *TWO))
     status, shown = train(run)
-    assert status == 0, shown
+    assert status == 0, shown + "".join(path.read_text() for path in run.folder.glob("log.*"))
     return run, shown
 
 
@@ -168,11 +182,24 @@ def test_a_process_that_dies_before_they_meet_is_named(tree, place, start, until
     assert run.result()["error"] == "process 2 of 2 died of SIGKILL"
 
 
+def sabotaged(folder, code):
+    """The environment of processes that run this code first."""
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def test_processes_that_die_once_all_is_written_leave_a_finished_run(tree, place, train, tmp_path):
+    run = place(tree(*JOB, *TWO, "training.max_steps=2"))
+    status, shown = train(run, **sabotaged(tmp_path, DYING))
+    assert status == 0, shown
+    assert run.state() == "finished" and run.result()["step"] == 2
+    assert list(run.model.glob("*.safetensors"))
+    assert "Fatal" not in (run.folder / "log.1.txt").read_text()
+
+
 def test_the_error_shown_is_that_of_the_process_that_failed_first(tree, place, train, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(BROKEN)
     run = place(tree(*JOB, *TWO))
-    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    status, shown = train(run, PYTHONPATH=path)
+    status, shown = train(run, **sabotaged(tmp_path, BROKEN))
     assert status == 1
     assert run.result()["error"] == "process 2 of 2: ValueError: the third step fails here"
     assert "in step" in run.result()["traceback"]
