@@ -14,7 +14,7 @@ from soup.effects.quantization import QUANTIZED, plain, relative_error, tensors
 FORWARDS = {  # of soup's kernels: where their forward passes are
     ("soup.kernels.norm", "_RMSNorm.forward"): "norms",
     ("soup.kernels.gate", "_GatedLinear.forward"): "gates",
-    ("soup.kernels.attention", "paths"): "documents",
+    ("soup.kernels.attention", "_apart"): "documents",
     ("soup.kernels.prefixes", "_shared"): "prefixes",
     ("soup.kernels.loss", "_LinearCrossEntropy.forward"): "loss",
     ("soup.kernels.logps", "_LogProbabilities.forward"): "loss",

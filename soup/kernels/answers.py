@@ -10,7 +10,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from accelerate.utils import convert_outputs_to_fp32
+from accelerate.utils import convert_outputs_to_fp32, is_peft_model
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
@@ -126,14 +126,14 @@ def placed(found: dict[str, Tensor], shape: torch.Size, name: str = "logp_N") ->
 
 
 def reference(trainer: Any, *batches: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """What the frozen copy, or the policy with its adapters off, says of each batch."""
+    """What the frozen copy, or the policy with its adapters off, or before it trains, says of each batch."""
     model, frozen = trainer.model, trainer.ref_model
     with (
         torch.no_grad(),
         disable_gradient_checkpointing(model, trainer.args.gradient_checkpointing_kwargs),
     ):
-        if frozen is not None:
-            return [frozen(**asked) for asked in batches]
+        if frozen is not None or not is_peft_model(model):
+            return [(model if frozen is None else frozen)(**asked) for asked in batches]
         with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
             return [model(**asked) for asked in batches]
 

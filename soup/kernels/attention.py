@@ -14,6 +14,7 @@ Measured, forward and backward of 200 tokens in bfloat16, 9 heads, one core: 4 m
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -58,7 +59,10 @@ class Path(NamedTuple):
             yield slice(start, stop), slice(start + earlier, stop + earlier)
 
 
-def paths(position_ids_1T: Tensor) -> list[Path]:
+@lru_cache(
+    maxsize=1
+)  # by identity: all layers of a pass are given the same tensor, which a GPU is asked for once
+def paths(position_ids_1T: Tensor) -> tuple[Path, ...]:
     """Of positions that count from 0 in each document. Where one does not follow the position before it, p, the tokens
     from there on go on from the first p tokens of what came before (`soup.kernels.prefixes`)."""
     positions_T = position_ids_1T[0]
@@ -70,7 +74,7 @@ def paths(position_ids_1T: Tensor) -> list[Path]:
     for (start, end), first in zip(pairwise(bounds), firsts, strict=True):
         runs = [*_cut(runs, first), slice(start, end)]
         found.append(Path(tuple(runs[:-1]), runs[-1]))
-    return found
+    return tuple(found)
 
 
 def _cut(runs: Sequence[slice], tokens: int) -> Iterator[slice]:
@@ -200,6 +204,26 @@ def _dense(parts: Sequence[Path], window: int, like: Tensor) -> Tensor:
     return hidden_TT
 
 
+def _apart(
+    q_1HTD: Tensor,
+    k_1KTD: Tensor,
+    v_1KTD: Tensor,
+    parts: Sequence[Path],
+    scale: float | None,
+    window: int,
+) -> Tensor:
+    """(1, T, H, D), in the precision that autocast asks for, as it casts what goes into torch's own attention."""
+    kind = q_1HTD.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        q_1HTD, k_1KTD, v_1KTD = q_1HTD.to(dtype), k_1KTD.to(dtype), v_1KTD.to(dtype)
+    scale = q_1HTD.shape[-1] ** -0.5 if scale is None else scale
+    if kind != "cpu":
+        return torch.cat([_alone(path, q_1HTD, k_1KTD, v_1KTD, scale, window) for path in parts], 1)
+    with torch.autocast(kind, enabled=False):  # scores are in float32
+        return _Documents.apply(q_1HTD, k_1KTD, v_1KTD, parts, scale, window)
+
+
 def attend(
     module: torch.nn.Module,
     query: Tensor,
@@ -218,20 +242,10 @@ def attend(
     if attention_mask is None and position_ids is not None and whole:
         parts = paths(position_ids)
         window = tokens if sliding_window is None else sliding_window
-        if dropout:
-            mask_TT = _dense(parts, window, query)
-            return sdpa_attention_forward(
-                module, query, key, value, mask_TT, dropout=dropout, scaling=scaling, **others
-            )
-        kind = query.device.type
-        if torch.is_autocast_enabled(kind):  # as it casts what goes into torch's own
-            query, key, value = (one.to(torch.get_autocast_dtype(kind)) for one in (query, key, value))
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if kind == "cpu":
-            with torch.autocast(kind, enabled=False):  # scores are in float32
-                return _Documents.apply(query, key, value, parts, scale, window), None
-        return torch.cat([_alone(path, query, key, value, scale, window) for path in parts], 1), None
-    if attention_mask is None and sliding_window is not None and tokens > sliding_window:
+        if not dropout:
+            return _apart(query, key, value, parts, scaling, window), None
+        attention_mask = _dense(parts, window, query)
+    elif attention_mask is None and sliding_window is not None and tokens > sliding_window:
         attention_mask = _hidden(slice(0, tokens), sliding_window, query)
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others

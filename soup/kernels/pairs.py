@@ -17,6 +17,7 @@ from soup.kernels import answers
 from soup.kernels.answers import counted, mean, summed
 
 LOSSES = {"sigmoid", "robust", "ipo"}
+READ = ("input_ids", "attention_mask", "completion_mask")
 
 
 def put_on(trainer: Any) -> int | str:
@@ -28,6 +29,7 @@ def put_on(trainer: Any) -> int | str:
     if (why := answers.put_on(trainer)) is not None:
         return why
     trainer._compute_loss = MethodType(_compute_loss, trainer)
+    trainer.compute_ref_log_probs = MethodType(_of_reference, trainer)
     return 1
 
 
@@ -40,15 +42,14 @@ def _compute_loss(self: Any, model: Any, inputs: dict[str, Tensor], return_outpu
     """In the place of TRL's `DPOTrainer._compute_loss`."""
     if return_outputs or self.aux_loss_enabled or not _known(self):
         return type(self)._compute_loss(self, model, inputs, return_outputs)
-    asked = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
+    asked = {name: inputs[name] for name in READ}
     shape = inputs["input_ids"].shape
     found = model(**asked)
     logp_R = summed(found, shape)
     if "ref_chosen_logps" in inputs:
         reference_R = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
     else:
-        (frozen,) = answers.reference(self, asked)
-        reference_R = summed(frozen, shape)
+        reference_R = torch.cat(_of_reference(self, model, inputs))
     ratio_R = logp_R - reference_R
     gap = _gap(ratio_R)
     loss = torch.zeros((), device=gap.device)
@@ -65,6 +66,13 @@ def _compute_loss(self: Any, model: Any, inputs: dict[str, Tensor], return_outpu
         loss = loss + losses.mean() * weight
     _note(self, inputs, found, logp_R.detach(), self.beta * ratio_R.detach())
     return loss
+
+
+def _of_reference(self: Any, _: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """In the place of TRL's `DPOTrainer.compute_ref_log_probs`: chosen and rejected answers' log-probabilities."""
+    (found,) = answers.reference(self, {name: inputs[name] for name in READ})
+    chosen, rejected = summed(found, inputs["input_ids"].shape).chunk(2)
+    return chosen, rejected
 
 
 def _gap(value_R: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ def put_on(trainer: Any) -> int | str:
     if (why := answers.put_on(trainer)) is not None:
         return why
     trainer._compute_loss = MethodType(_compute_loss, trainer)
+    trainer.compute_ref_log_probs = MethodType(_of_reference, trainer)
     return 1
 
 
@@ -34,8 +35,7 @@ def _compute_loss(self: Any, model: Any, inputs: dict[str, Tensor], return_outpu
     """In the place of TRL's `KTOTrainer._compute_loss`, with its passes in TRL's order: dropout draws the same."""
     if return_outputs or self.aux_loss_enabled or self.loss_type != "kto":
         return type(self)._compute_loss(self, model, inputs, return_outputs)
-    rows = {name: inputs[name] for name in READ}
-    mismatched = {name: inputs[f"KL_{name}"] for name in READ}
+    mismatched, rows = _sides(inputs)
     with torch.no_grad():
         far_R = _of_rows(model(**mismatched), mismatched)
     found = model(**rows)
@@ -43,8 +43,7 @@ def _compute_loss(self: Any, model: Any, inputs: dict[str, Tensor], return_outpu
     if "ref_logps" in inputs:
         far_reference_R, reference_R = inputs["ref_KL_logps"], inputs["ref_logps"]
     else:
-        far, near = answers.reference(self, mismatched, rows)
-        far_reference_R, reference_R = _of_rows(far, mismatched), _of_rows(near, rows)
+        reference_R, far_reference_R = _of_reference(self, model, inputs)
     kl = (far_R - far_reference_R).mean().clamp(min=0)
     gain_R = logp_R - reference_R
     good_R = inputs["label"].bool()
@@ -55,6 +54,18 @@ def _compute_loss(self: Any, model: Any, inputs: dict[str, Tensor], return_outpu
     )
     _note(self, inputs, found, kl, good_R, {"rewards": self.beta * gain_R.detach(), "logps": logp_R.detach()})
     return loss_R.nanmean()
+
+
+def _of_reference(self: Any, _: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """In the place of TRL's `KTOTrainer.compute_ref_log_probs`: those of answers, and of mismatched ones."""
+    mismatched, rows = _sides(inputs)
+    far, near = answers.reference(self, mismatched, rows)
+    return _of_rows(near, rows), _of_rows(far, mismatched)
+
+
+def _sides(inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Mismatched answers, and the rows' own."""
+    return {name: inputs[f"KL_{name}"] for name in READ}, {name: inputs[name] for name in READ}
 
 
 def _of_rows(found: dict[str, Tensor], rows: dict[str, Tensor]) -> Tensor:

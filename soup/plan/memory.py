@@ -106,7 +106,7 @@ def peak(
                 head * (2 * 4 + products) if config.lora.r is None else head * products * (products != size)
             )
             how_logits += ", with their gradient in their place"
-    elif of_answers(config) and decoder.experts == 1 and not task.precompute_ref:
+    elif of_answers(config) and decoder.experts == 1:
         logits = min(LOGIT_CHUNK, batch_tokens) * decoder.vocab * products
         logits += decoder.vocab * decoder.hidden * (4 + products if config.lora.r is None else products)
         how_logits = f"{LOGIT_CHUNK} tokens of answers at a time, with their gradient in their place"

@@ -131,7 +131,11 @@ def build(
         _watch(trainer, config)
     if config.training.use_liger:
         liger.put_on(trainer)
-    return _fast(built)
+    built = _fast(built)
+    if config.task.precompute_ref:
+        kernels = [str(part) for part in built.kernels]
+        trainer.tabulate(built.model.config.to_dict(), str(precise), str(built.attention), kernels)
+    return built
 
 
 def _fast(built: Built) -> Built:

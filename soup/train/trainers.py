@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
@@ -22,12 +23,29 @@ MASKED = -100
 
 
 class _Table:
-    """The table of reference log-probabilities as training would compute them: TRL asks the model before accelerate
-    has prepared it."""
+    """The table of reference log-probabilities, as training would compute them.
 
-    def _precompute_ref_logps(self, *given: Any, **named: Any) -> Any:
+    TRL makes it in its constructor, before accelerate has prepared the model, and keeps it by rows and weights alone.
+    Here it waits for `tabulate`, when the model is as it trains.
+    """
+
+    made_by: tuple[Any, ...] | None = None
+
+    def tabulate(self, *made_by: Any) -> None:
+        """Makes the table, or takes the one that was made the same way; `made_by` is what it depends on beside rows
+        and weights."""
+        self.made_by = made_by
+        rows = {"train": self.args.per_device_train_batch_size, "eval": self.args.per_device_eval_batch_size}
+        for name, batch_size in rows.items():
+            if (dataset := getattr(self, f"{name}_dataset")) is not None:
+                setattr(self, f"{name}_dataset", self._precompute_ref_logps(dataset, name, batch_size))
+
+    def _precompute_ref_logps(self, dataset: Any, *given: Any) -> Any:
+        if self.made_by is None:
+            return dataset
+        own = dataset.remove_columns([], new_fingerprint=Hasher.hash((dataset._fingerprint, self.made_by)))
         with as_prepared(self.model, self.accelerator):
-            return super()._precompute_ref_logps(*given, **named)
+            return super()._precompute_ref_logps(own, *given)
 
 
 class DPO(_Table, DPOTrainer):
