@@ -18,6 +18,8 @@ from trl.trainer.utils import use_adapter
 from soup.kernels import attention, head, prefixes
 from soup.kernels.logps import log_probabilities
 
+READ = ("input_ids", "attention_mask", "completion_mask")  # what a batch of answers is to the pass
+
 
 def put_on(trainer: Any) -> str | None:
     """Gives the pass to the policy and to a frozen copy; or why logits are needed, and nothing is changed."""

@@ -59,9 +59,7 @@ class Path(NamedTuple):
             yield slice(start, stop), slice(start + earlier, stop + earlier)
 
 
-@lru_cache(
-    maxsize=1
-)  # by identity: all layers of a pass are given the same tensor, which a GPU is asked for once
+@lru_cache(maxsize=1)  # all layers of a pass give the same tensor, which a GPU is asked for once
 def paths(position_ids_1T: Tensor) -> tuple[Path, ...]:
     """Of positions that count from 0 in each document. Where one does not follow the position before it, p, the tokens
     from there on go on from the first p tokens of what came before (`soup.kernels.prefixes`)."""

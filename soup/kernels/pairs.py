@@ -14,10 +14,9 @@ from torch.nn.functional import logsigmoid
 from trl import DPOTrainer
 
 from soup.kernels import answers
-from soup.kernels.answers import counted, mean, summed
+from soup.kernels.answers import READ, counted, mean, summed
 
 LOSSES = {"sigmoid", "robust", "ipo"}
-READ = ("input_ids", "attention_mask", "completion_mask")
 
 
 def put_on(trainer: Any) -> int | str:

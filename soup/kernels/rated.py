@@ -13,9 +13,7 @@ from torch import Tensor
 from trl import KTOTrainer
 
 from soup.kernels import answers
-from soup.kernels.answers import counted, mean, summed
-
-READ = ("input_ids", "attention_mask", "completion_mask")
+from soup.kernels.answers import READ, counted, mean, summed
 
 
 def put_on(trainer: Any) -> int | str:
