@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from soup.kernels import prefixes
+from soup.kernels import attention, prefixes
 from soup.kernels.loss import cross_entropy
 
 
@@ -49,6 +49,10 @@ def put_on(trainer: Any) -> int | str:
             return theirs(input_ids=input_ids, **others)
         others.pop("use_cache", None)
         others.pop("output_router_logits", None)
+        mask_BT = others.get("attention_mask")
+        if mask_BT is not None and self.config._attn_implementation == attention.NAME:
+            del others["attention_mask"]
+            input_ids, labels, others["position_ids"] = _without_padding(input_ids, labels, mask_BT)
         place_BT = torch.arange(labels.numel(), device=labels.device).view_as(labels)
         positions = others.get("position_ids")
         if positions is not None and len(labels) == 1 and others.get("attention_mask") is None:
@@ -66,6 +70,13 @@ def put_on(trainer: Any) -> int | str:
     forward.__signature__ = inspect.signature(theirs)
     model.forward = MethodType(forward, model)
     return 1
+
+
+def _without_padding(ids_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, labels and positions, (1, tokens), of rows one after another; evaluation has them padded."""
+    kept_BT = mask_BT.bool()
+    positions_1N = (mask_BT.cumsum(1) - 1)[kept_BT][None]
+    return ids_BT[kept_BT][None], labels_BT[kept_BT][None].masked_fill(positions_1N == 0, -100), positions_1N
 
 
 def obstacle(model: Any) -> str | None:

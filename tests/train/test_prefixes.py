@@ -135,3 +135,19 @@ def test_dropout_inside_attention(build, tmp_path, packed):
 
         torch.testing.assert_close(second(moved_1T, 0), second(ids_1T, 0))
         assert not torch.allclose(second(ids_1T, 1), second(ids_1T, 0), atol=1e-3)
+
+
+@pytest.mark.parametrize("words", [("task=sft",), ("task=sft", "training.packing=true"), ("task=dpo",)])
+def test_evaluation_is_that_of_the_stock_path_without_its_padding(build, rows, words):
+    words = ("model.dtype=float32", "data.eval_fraction=0.5", "training.batch_size=4", *words)
+    found = []
+    for kind in ("auto", "stock"):
+        built = build(*words, rows(pairs="task=dpo" in words), f"backend.kernels={kind}")
+        with embedded(built.model) as seen:
+            found.append((built.trainer.evaluate(), sum(seen)))
+    (metrics, tokens), (wanted, padded) = found
+    assert tokens < 0.7 * padded
+    measured = [name for name in wanted if not name.endswith(("time", "per_second"))]
+    assert {name: metrics[name] for name in measured} == pytest.approx(
+        {name: wanted[name] for name in measured}, rel=1e-4, abs=1e-5
+    )
