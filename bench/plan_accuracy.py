@@ -45,6 +45,7 @@ SETTINGS = {
     "4 x 128, all weights": [*rows(4, 128), "lora=none"],
     "dpo": answers("dpo"),
     "dpo, all weights": answers("dpo", "lora=none"),
+    "dpo, all weights, a table": answers("dpo", "lora=none", "task.precompute_ref=true"),
     "kto": answers("kto"),
     "orpo": answers("orpo"),
     "simpo": answers("simpo"),
