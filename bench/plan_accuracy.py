@@ -43,6 +43,7 @@ SETTINGS = {
     "4 x 128, rank 128": [*rows(4, 128), "lora.r=128"],
     "4 x 128, DoRA": [*rows(4, 128), "lora=dora"],
     "4 x 128, all weights": [*rows(4, 128), "lora=none"],
+    "4 x 128, all weights, 8-bit AdamW": [*rows(4, 128), "lora=none", "optim=adamw_8bit"],
     "dpo": answers("dpo"),
     "dpo, all weights": answers("dpo", "lora=none"),
     "dpo, all weights, a table": answers("dpo", "lora=none", "task.precompute_ref=true"),

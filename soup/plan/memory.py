@@ -13,7 +13,7 @@ from soup.schema import Config
 from soup.specs import DistributedSpec
 
 RUNTIME_BYTES = {"cpu": 720e6, "cuda": 1.5e9}  # the process with its libraries (measured); CUDA's context
-BITSANDBYTES = 75e6  # the library and what it imports, which runs that store their weights plainly go without
+BITSANDBYTES = 75e6  # the library and what it imports, where a setting needs it (soup.train.spared)
 ALLOCATOR = 1.1  # freed blocks that malloc keeps: measured activations over the tensors counted below
 # What glibc's malloc keeps as holes between activations that stay, as a share of those, and with checkpointing of those
 # that it frees (measured; giving it back to the system at once costs six times the step's time). A GPU's allocator
@@ -123,6 +123,7 @@ def peak(
         if whole > logits:
             logits, how_logits = whole, "every token, while the base model's loss is measured"
     shared = _share(spread)
+    needed = {package.distribution for spec in config.specs() for package in spec.requires}
     gradients = train_size * trainable + task.trained_models * 4 * decoder.total
     parts = {
         "weights": weights * shared["weights"],
@@ -135,7 +136,7 @@ def peak(
         ),
         "activations": ALLOCATOR * activations,
         "logits": logits,
-        "runtime": RUNTIME_BYTES[device.kind] + BITSANDBYTES * (config.model.stored != "none"),
+        "runtime": RUNTIME_BYTES[device.kind] + BITSANDBYTES * ("bitsandbytes" in needed),
     }
     note = f"batch of {training.batch_size} x {length} tokens; activations: {how}; logits: {how_logits}"
     return parts, note
