@@ -4,6 +4,7 @@ to the stock path."""
 from __future__ import annotations
 
 import json
+from statistics import median
 
 import pytest
 import torch
@@ -100,13 +101,18 @@ def test_the_same_seeds_give_the_same_losses(tree, place, server, words, steps):
     ours, stock = ([{**line, "peak_memory_bytes": 0, "tokens_per_s": 0} for line in all_] for all_ in lines)
     assert len(ours) == len(stock) >= steps
     loose = 1e-4 if steps <= 5 else 5e-3  # Adam turns the last bits of small gradients into steps
-    norms = 1e-3 if steps <= 5 else 0.1  # of gradients at points that have drifted apart; 0.051 was seen
     for line, wanted in zip(ours, stock, strict=True):
-        for key in ("loss", "eval_loss", "grad_norm", "entropy"):
+        for key in ("loss", "eval_loss", "entropy"):
             if key in wanted:
-                allowed = norms if key == "grad_norm" else loose
-                assert line[key] == pytest.approx(wanted[key], rel=allowed), key
+                assert line[key] == pytest.approx(wanted[key], rel=loose), key
         assert line.get("tokens") == wanted.get("tokens") and line.get("lr") == wanted.get("lr")
+    off = [
+        abs(line["grad_norm"] / wanted["grad_norm"] - 1)
+        for line, wanted in zip(ours, stock, strict=True)
+        if "grad_norm" in wanted
+    ]
+    # Of 100 steps the middle one: a rate of 2.0000002e-3 for 2e-3 moves single norms of the stock path by up to half.
+    assert max(off) < 1e-3 if steps <= 5 else median(off) < 5e-3
 
 
 REASONS = {
