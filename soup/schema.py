@@ -49,6 +49,10 @@ class Config:
         single = [getattr(self, group) for group in (*GROUPS, *SECTIONS) if group != "tracking"]
         return (*single, *self.tracking)
 
+    def distributions(self) -> set[str]:
+        """Names of the packages that its settings need."""
+        return {package.distribution for spec in self.specs() for package in spec.requires}
+
 
 def check(tree: Mapping[str, Any]) -> Config:
     """Validates a resolved configuration.

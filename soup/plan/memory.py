@@ -123,7 +123,6 @@ def peak(
         if whole > logits:
             logits, how_logits = whole, "every token, while the base model's loss is measured"
     shared = _share(spread)
-    needed = {package.distribution for spec in config.specs() for package in spec.requires}
     gradients = train_size * trainable + task.trained_models * 4 * decoder.total
     parts = {
         "weights": weights * shared["weights"],
@@ -136,7 +135,7 @@ def peak(
         ),
         "activations": ALLOCATOR * activations,
         "logits": logits,
-        "runtime": RUNTIME_BYTES[device.kind] + BITSANDBYTES * ("bitsandbytes" in needed),
+        "runtime": RUNTIME_BYTES[device.kind] + BITSANDBYTES * ("bitsandbytes" in config.distributions()),
     }
     note = f"batch of {training.batch_size} x {length} tokens; activations: {how}; logits: {how_logits}"
     return parts, note

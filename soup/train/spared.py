@@ -24,9 +24,8 @@ MODULES = {  # by distribution
 def unused(config: Config) -> set[str]:
     """Distributions of MODULES that none of the run's settings needs. What Unsloth and a user's own code import is
     theirs to say."""
-    needed = {package.distribution for spec in config.specs() for package in spec.requires}
     foreign = config.backend.unsloth or config.task.files or config.model.trust_remote_code
-    return ({"deepspeed"} if foreign else set(MODULES)) - needed
+    return ({"deepspeed"} if foreign else set(MODULES)) - config.distributions()
 
 
 def absent(distributions: Iterable[str]) -> None:

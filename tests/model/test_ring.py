@@ -67,10 +67,8 @@ def farthest(answers, wanted):
     for number, right in enumerate(wanted):
         for positions, found in answers:
             off = (torch.from_numpy(found[number]) - right[:, :, positions]).abs().max()
-            scale = right.abs().max()
-            worst = max(
-                worst, float(off / scale if scale > 1e-9 else off)
-            )  # a token alone moves neither q nor k
+            scale = right.abs().max()  # nothing of q's and k's gradients, where each token is alone
+            worst = max(worst, float(off / scale if scale > 1e-9 else off))
     return worst
 
 
